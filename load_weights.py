@@ -1,0 +1,239 @@
+"""A checkpoint, by folder or by hub name, becomes a `Qwen2VL` with its weights; and the way back.
+
+The model is built without memory ("meta" device), the files are memory-mapped, and each mapped tensor becomes the
+parameter itself: nothing is initialised at random first, and no second copy of the weights ever exists. A tensor is
+copied only where the caller asks for another dtype or device.
+
+Source: the published checkpoints, and the folders that transformers 4.45, 4.57 and 5.23 write.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from qwen2vl import Config, Qwen2VL, VisionConfig
+
+# ------------------------------------------------------------------------------------------- finding the files
+
+
+def find_folder(name_or_folder: str | Path) -> Path:
+    """A folder as it is; a hub name ("Qwen/Qwen2-VL-2B-Instruct") as the folder of its downloaded snapshot.
+
+    Only safetensors and json files are fetched, with a progress bar on stderr, into HF_HOME. With HF_HUB_OFFLINE=1
+    only what is there already is used.
+    Raises FileNotFoundError if the name is neither a folder nor a hub name that can be had.
+    """
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{name_or_folder} is a file; expected a checkpoint folder or a hub name")
+    if str(name_or_folder).count("/") != 1 or str(name_or_folder)[0] in "./~":
+        raise FileNotFoundError(f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+    # Imported here because it takes a while and a folder does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.safetensors", "*.json"]))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"no folder {name_or_folder}, and the hub cannot be reached (or HF_HUB_OFFLINE is set) "
+            "while no earlier download of that name is in HF_HOME"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"no folder {name_or_folder}, and the hub says: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def read_json(path: Path) -> dict:
+    """The object in a json file. Raises FileNotFoundError or ValueError that name it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bad json or bad UTF-8
+        raise ValueError(f"{path} is not valid json: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: `model.safetensors`, or the shards that its index names."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    return [folder / name for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(folder: str | Path) -> Config:
+    """config.json → Config, from any of its three layouts.
+
+    Flat (the hub): the decoder's fields stand at the top level. Flat with a `text_config` beside them (transformers
+    4.57): some of them stand twice, and the flag for tied embeddings only inside. Nested (5.x): the decoder's
+    fields only in `text_config`, rope in `rope_parameters`, the flag at the top level.
+    Raises FileNotFoundError or ValueError that name the file.
+    """
+    path = Path(folder) / "config.json"
+    top = read_json(path)
+    if top.get("model_type") != "qwen2_vl":
+        raise ValueError(f"{path}: model_type is {top.get('model_type')!r}, expected 'qwen2_vl'")
+    text, vision = top.get("text_config") or {}, dict(top.get("vision_config") or {})
+    merged = dict(text)
+    merged.update((name, value) for name, value in top.items() if value is not None)
+    rope = dict(merged.get("rope_parameters") or merged.get("rope_scaling") or {})
+    merged["rope_theta"] = rope.pop("rope_theta", merged.get("rope_theta", Config.rope_theta))
+    merged["rope_scaling"] = rope
+    merged["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (top, text))
+    vision.setdefault("in_channels", vision.get("in_chans", VisionConfig.in_channels))  # the hub has the older name
+    try:
+        merged["vision_config"] = VisionConfig(**pick(VisionConfig, vision))
+        return Config(**pick(Config, merged))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def pick(cls: type, values: dict) -> dict:
+    """The entries of `values` that are fields of the dataclass."""
+    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+
+
+def parameter_name(name: str) -> str:
+    """A tensor's name in any layout → its name in the hub's layout, which is its name in `Qwen2VL`.
+
+    transformers 5.x nests both halves under `model.`, and a save of its bare model has them at the top.
+    """
+    for theirs, ours in (
+        ("model.visual.", "visual."),
+        ("model.language_model.", "model."),
+        ("language_model.", "model."),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def load_model(
+    name_or_folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attention: str = "auto",
+) -> Qwen2VL:
+    """The checkpoint as a model in eval mode.
+
+    device: by default CUDA where there is one, else the CPU. dtype: by default that of the files.
+    attention: "plain", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
+    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
+    """
+    folder = find_folder(name_or_folder)
+    config, files = load_config(folder), weight_files(folder)
+    device = find_device(device)
+    shards = [open_shard(path) for path in files]
+    stored = {parameter_name(key): (shard, key) for shard in shards for key in shard.keys()}  # noqa: SIM118
+    table = "model.embed_tokens.weight"
+    if config.tie_word_embeddings and "lm_head.weight" in stored:  # one tensor serves both, under either name
+        stored.setdefault(table, stored.pop("lm_head.weight"))
+        stored.pop("lm_head.weight", None)
+
+    with torch.device("meta"):
+        model = Qwen2VL(config)
+    parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
+    check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
+    state = {}
+    for name in parameters:
+        shard, key = stored[name]
+        state[name] = shard.get_tensor(key).to(device, dtype)  # the mapped memory itself, unless something changes
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state[table]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()  # assigning has made two parameters of the one tensor
+    model.visual.attention = model.model.attention = choose_attention(attention, device, state[table].dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = read_json(folder / "generation_config.json")
+    return model.eval()
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The device of that name; by default CUDA where there is one, else the CPU. ValueError if it cannot be used."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by device and build
+        raise ValueError(f"the device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def open_shard(path: Path) -> safe_open:
+    """Maps a safetensors file into memory. Raises ValueError that names it if it is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check_tensors(folder: Path, expected: dict[str, list[int]], stored: dict[str, tuple]) -> None:
+    """Raises ValueError with one line for each tensor that is missing, not known, or of another shape."""
+    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored]
+    for name, (shard, key) in stored.items():
+        shape = shard.get_slice(key).get_shape()
+        if name not in expected:
+            problems.append(f"not part of this model: {key} {shape}")
+        elif shape != expected[name]:
+            problems.append(f"wrong shape: {key} is {shape}, config.json says {expected[name]}")
+    if problems:
+        raise ValueError(f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
+
+
+def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Resolves "auto"; raises ValueError if flash-attn is asked for where it cannot run."""
+    obstacle = None
+    if importlib.util.find_spec("flash_attn") is None:
+        obstacle = "the package flash-attn is not installed"
+    elif device.type != "cuda":
+        obstacle = f"it needs a CUDA device, this is {device}"
+    elif dtype not in (torch.float16, torch.bfloat16):
+        obstacle = f"it needs float16 or bfloat16, this is {dtype}"
+    if wanted == "flash" and obstacle:
+        raise ValueError(f"attention 'flash' cannot be used: {obstacle}")
+    return wanted if wanted != "auto" else "sdpa" if obstacle else "flash"
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def save_model(model: Qwen2VL, folder: str | Path) -> None:
+    """Writes config.json (flat), generation_config.json if the model has one, and model.safetensors.
+
+    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside them, the folder
+    loads here and in transformers.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head only once
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})  # transformers asks for the format
+    config = {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        **asdict(model.config),
+    }
+    files = {"config.json": config}
+    if model.generation_config:
+        files["generation_config.json"] = model.generation_config
+    for name, values in files.items():
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,340 @@
+"""Pictures, clips and conversations → one batch of arrays for the model.
+
+A picture of any size is resized so that both sides are multiples of 28 and its area stays within bounds, then cut
+into 14×14 patches; nothing is cropped or padded, so big pictures simply become more tokens ("naive dynamic
+resolution", arXiv 2409.12191, section 2.1). Four neighbouring patches (2×2) will become one token of the prompt.
+
+Letters in the shape comments:
+    B conversations, S tokens of the longest one, N patches of all pictures together
+    F frames, H and W pixels, C colour channels
+    gt, gh, gw patches along time, height and width (the grid); tp, p one patch's frames and side; m the merge size
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer, content_items, content_kind, read_json
+
+
+@dataclass
+class ImageConfig:
+    """How pictures become patches: the fields of `preprocessor_config.json`, with the reference's defaults."""
+
+    do_convert_rgb: bool = True
+    do_resize: bool = True
+    resample: int = Image.Resampling.BICUBIC
+    min_pixels: int = 56 * 56  # bounds of height × width after resizing
+    max_pixels: int = 28 * 28 * 1280
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, R G B
+    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: int = 14
+    temporal_patch_size: int = 2  # a patch spans two frames; a still picture is shown twice
+    merge_size: int = 2  # 2×2 patches become one token
+
+    def __post_init__(self) -> None:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+
+    @property
+    def factor(self) -> int:
+        """The side of one token in pixels, 28: both sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
+        """Read `preprocessor_config.json`, or `processor_config.json` where transformers 5 has written that.
+
+        Warns about a field that is set but means nothing here. Raises FileNotFoundError or ValueError.
+        """
+        nested = Path(folder) / "processor_config.json"
+        found = read_json(folder, nested.name).get("image_processor") if nested.is_file() else None
+        found = found or read_json(folder, "preprocessor_config.json")
+        settings = {field: value for field, value in found.items() if value is not None}
+        renamed = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # pixel counts under both names
+        for field, value in settings.pop("size", {}).items():
+            settings.setdefault(renamed.get(field, field), value)
+
+        known = {field.name for field in fields(cls)}
+        for field in sorted(settings.keys() - known - INERT_FIELDS):
+            if settings[field] is not False:
+                warnings.warn(f"the image settings in {folder} hold an unknown field: {field}", stacklevel=2)
+        return cls(**{field: value for field, value in settings.items() if field in known})
+
+
+# What a preprocessor_config.json may also hold, and what changes no pixel.
+INERT_FIELDS = {
+    "image_processor_type",
+    "video_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "auto_map",
+}
+INERT_FIELDS |= {"data_format", "input_data_format", "default_to_square", "disable_grouping", "return_tensors"}
+
+
+def smart_resize(
+    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+) -> tuple[int, int]:
+    """The size in pixels to which a picture of height × width is resized.
+
+    Both sides are multiples of `factor`, their product lies within the bounds where that is possible, and the
+    proportions stay as close as the grid allows. Source: transformers 5.23.0, `smart_resize`.
+
+    Raises ValueError when one side is more than 200 times the other, or is not positive.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"a picture needs at least one pixel, got {height}×{width} (height × width)")
+    if max(height, width) / min(height, width) > 200:
+        raise ValueError(f"one side is more than 200 times the other: {height}×{width} (height × width)")
+    # round() goes to the even multiple at a tie: 70/28 = 2.5 becomes 2 (56 pixels), and 14/28 becomes 0.
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:  # also where a thin side was rounded to 0
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
+    """Open a picture: a path, a `file://` address, a Pillow image, or an array uint8 [H, W, 3] in RGB.
+
+    A picture from a file is turned upright as its EXIF orientation says; a Pillow image is taken as it is, and so
+    is its mode: `to_rgb` comes later. Raises FileNotFoundError or ValueError with one sentence naming the source.
+    """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
+            raise ValueError(f"an array must be uint8 [height, width, 3], not {source.dtype} {list(source.shape)}")
+        return Image.fromarray(source)
+    if not isinstance(source, str | Path):
+        raise ValueError(f"a picture must be a path, a Pillow image or an array, not {type(source).__name__}")
+    path = unquote(source[len("file://") :]) if str(source).startswith("file://") else str(source)
+    if path.startswith(("http://", "https://", "data:")):
+        raise ValueError(f"pictures from http and data addresses are not supported yet: {path:.80}")
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image)  # a copy, so the whole file has been read and may be closed
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no picture at {path}") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        # All of these come out of Pillow's decoders when a file is damaged, cut off or no picture at all.
+        raise ValueError(f"cannot read {path:.200} as a picture: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode → RGB; what is transparent shows white behind it, and 16 bits are clipped to 255.
+
+    Source: transformers 5.23.0, `convert_to_rgb`.
+    """
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
+    """One picture → uint8 [H, W, 3], both sides multiples of `config.factor`."""
+    if config.do_convert_rgb:
+        image = to_rgb(image)
+    elif image.mode != "RGB":
+        raise ValueError(f"do_convert_rgb is off, but the picture's mode is {image.mode}, not RGB")
+    if config.do_resize:
+        bounds = config.min_pixels, config.max_pixels
+        height, width = smart_resize(image.height, image.width, config.factor, *bounds)
+        image = image.resize((width, height), resample=config.resample)
+    elif image.height % config.factor or image.width % config.factor:
+        size = f"{image.height}×{image.width} (height × width)"
+        raise ValueError(f"do_resize is off, but {size} is no multiple of {config.factor}")
+    return np.asarray(image)
+
+
+def normalise(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """uint8 [F, H, W, 3] → float32 of the same shape: rescaled to 0…1, minus mean, divided by std.
+
+    After the resize there are only 256 levels per channel, so the arithmetic is done on those and looked up.
+    """
+    levels = np.arange(256, dtype=np.float64)[:, None]
+    if config.do_rescale:
+        levels = levels * config.rescale_factor
+    # Rescaled in float64, normalised in float32: in one precision throughout, the last bit would differ from
+    # the reference's in some of the levels.
+    levels = np.repeat(levels.astype(np.float32), 3, axis=1)  # [256, 3]
+    if config.do_normalize:
+        levels = (levels - np.float32(config.image_mean)) / np.float32(config.image_std)
+    values = np.empty(frames.shape, dtype=np.float32)
+    for channel in range(3):
+        values[..., channel] = levels[frames[..., channel], channel]
+    return values
+
+
+def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """[F, H, W, 3] → patches [N, 3*tp*p*p], N = gt*gh*gw, and the grid (gt, gh, gw).
+
+    The patches are not in reading order: the 2×2 that will become one token follow each other, token by token,
+    so that the model can merge them with a mere reshape. A row's columns run over (channel, frame, y, x).
+    Source: transformers 5.23.0, `patchify` of the image and of the video processor.
+    """
+    tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
+    missing = -len(frames) % tp  # a still picture becomes two equal frames, an odd clip shows its last one twice
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+    gt, gh, gw = frames.shape[0] // tp, frames.shape[1] // p, frames.shape[2] // p
+    patches = frames.reshape(gt, tp, gh // m, m, p, gw // m, m, p, 3)
+    patches = patches.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [gt, gh/m, gw/m, m, m, 3, tp, p, p]
+    return patches.reshape(gt * gh * gw, 3 * tp * p * p), (gt, gh, gw)
+
+
+def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The frames of one clip, or one picture in a list → float32 [N, 3*tp*p*p] and its grid (gt, gh, gw)."""
+    resized = [resize(load_image(frame), config) for frame in frames]
+    sizes = {frame.shape[:2] for frame in resized}
+    if len(sizes) != 1:
+        raise ValueError(f"a video needs frames of one size, but these have {sorted(sizes) or 'no frame at all'}")
+    return patchify(normalise(np.stack(resized), config), config)
+
+
+def join(clips: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lay the patches of several pictures or clips one after the other; the grids say how many are whose."""
+    if not clips:
+        raise ValueError("there is nothing to preprocess: the list is empty")
+    return np.concatenate([patches for patches, _ in clips]), np.array([grid for _, grid in clips], dtype=np.int64)
+
+
+def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, each anything that `load_image` takes → (pixel_values, image_grid_thw).
+
+    pixel_values is float32 [N, 3*tp*p*p] (1176 columns in the published models), the patches of all pictures one
+    after the other; image_grid_thw is int64 [images, 3], each picture's (1, gh, gw) in patches.
+
+    Bit-identical to transformers 5.23.0, `Qwen2VLImageProcessorPil`, on the same Pillow version only: Pillow 13
+    changed the last bits of its resize. The torchvision processor, which transformers prefers where torchvision
+    is installed, differs from both by about one level of 256 in under 1 % of the values.
+    """
+    return join([preprocess_clip([image], config) for image in images])
+
+
+def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Clips, each a list of pictures or uint8 [F, H, W, 3] → (pixel_values_videos, video_grid_thw).
+
+    As for pictures, with the same bounds on the pixels of every frame; a clip's grid has gt = ceil(F / tp).
+    """
+    return join([preprocess_clip(frames, config) for frames in videos])
+
+
+@dataclass
+class Batch:
+    """What the model takes, as numpy arrays. The vision fields are None when no row has such media."""
+
+    input_ids: np.ndarray  # int64 [B, S], padded on the left
+    attention_mask: np.ndarray  # int64 [B, S], 0 where padded, else 1
+    pixel_values: np.ndarray | None = None  # float32 [N, 3*tp*p*p], row after row in reading order
+    image_grid_thw: np.ndarray | None = None  # int64 [images, 3]
+    pixel_values_videos: np.ndarray | None = None  # the same two for videos
+    video_grid_thw: np.ndarray | None = None
+
+
+class Processor:
+    """Conversations → Batch: read the pictures, write the prompts, make room in them for the vision tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig):
+        self.tokenizer = tokenizer
+        self.image_config = image_config
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> "Processor":
+        """Read tokenizer and image settings of a checkpoint folder; bounds given here replace the folder's."""
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        given = {name: value for name, value in given.items() if value is not None}
+        return cls(Tokenizer.from_pretrained(folder), replace(ImageConfig.from_pretrained(folder), **given))
+
+    def __call__(self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False) -> Batch:
+        """One conversation (a list of messages) or a list of conversations → one Batch, a row each.
+
+        A picture stands in its content item under `image` or `image_url` (an address, or {"url": address}) and
+        is anything `load_image` takes. The item may carry its own `min_pixels` and `max_pixels`, or the size to
+        show the picture in, `resized_height` and `resized_width`, which are rounded to what the grid allows.
+
+        Raises ValueError or FileNotFoundError for a malformed message, a picture that cannot be read, and a text
+        that contains `<|image_pad|>` or `<|video_pad|>` itself.
+        """
+        if not isinstance(conversations, list | tuple) or not conversations:
+            raise ValueError("expected a conversation, which is a list of messages, or a list of conversations")
+        if isinstance(conversations[0], dict):
+            conversations = [conversations]
+
+        rows, images, videos = [], [], []
+        for messages in conversations:
+            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt, add_vision_id)
+            items = [item for n, message in enumerate(messages) for item in content_items(message, n)]
+            row_images = [self._image(item) for item in items if content_kind(item) == "image"]
+            row_videos = [self._video(item) for item in items if content_kind(item) == "video"]
+            ids = self.tokenizer.encode(prompt)
+            ids = self._expand(ids, IMAGE_PAD, [grid for _, grid in row_images])
+            ids = self._expand(ids, VIDEO_PAD, [grid for _, grid in row_videos])
+            rows.append(ids)
+            images += row_images
+            videos += row_videos
+
+        # Padded on the left: every row's last token stands in the last column, where generation goes on.
+        longest = max(len(ids) for ids in rows)
+        batch = Batch(
+            np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64),
+            np.zeros((len(rows), longest), dtype=np.int64),
+        )
+        for row, ids in enumerate(rows):
+            batch.input_ids[row, longest - len(ids) :] = ids
+            batch.attention_mask[row, longest - len(ids) :] = 1
+        if images:
+            batch.pixel_values, batch.image_grid_thw = join(images)
+        if videos:
+            batch.pixel_values_videos, batch.video_grid_thw = join(videos)
+        return batch
+
+    def _image(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Patches and grid of an image item. Its own settings mean what they mean to qwen-vl-utils 0.0.14."""
+        source = item["image"] if item.get("image") is not None else item.get("image_url")
+        source = source.get("url") if isinstance(source, dict) else source
+        if source is None:
+            raise ValueError(f"an image item names no picture under image or image_url: {item!r:.80}")
+        image = load_image(source)
+        own = {name: int(item[name]) for name in ("min_pixels", "max_pixels") if item.get(name) is not None}
+        config = replace(self.image_config, **own)
+        if item.get("resized_height") and item.get("resized_width"):
+            wanted = int(item["resized_height"]), int(item["resized_width"])
+            height, width = smart_resize(*wanted, config.factor, config.min_pixels, config.max_pixels)
+            image = to_rgb(image).resize((width, height), resample=config.resample)
+        return preprocess_clip([image], config)
+
+    def _video(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """Patches and grid of a video item."""
+        source = item.get("video")
+        if not isinstance(source, list | tuple | np.ndarray):
+            raise ValueError(f"a video must be given as a list of frames for now, not as {type(source).__name__}")
+        return preprocess_clip(source, self.image_config)
+
+    def _expand(self, ids: list[int], pad: str, grids: list[tuple[int, int, int]]) -> list[int]:
+        """Repeat the n-th placeholder once for each token of the n-th picture: one per merged block of patches."""
+        pad_id = self.tokenizer.token_id(pad)
+        if ids.count(pad_id) != len(grids):
+            found = f"{ids.count(pad_id)} times {pad} for {len(grids)} of its kind"
+            raise ValueError(f"the prompt holds {found}; does the text contain that token?")
+        merged = self.image_config.merge_size**2
+        counts = iter([math.prod(grid) // merged for grid in grids])
+        return [copy for id in ids for copy in [id] * (next(counts) if id == pad_id else 1)]

@@ -1,0 +1,606 @@
+"""Qwen2-VL: one batch of token ids and picture patches in, logits out.
+
+Read from top to bottom: configuration, attention, the two rotary embeddings, the vision transformer that turns
+patches into tokens, the decoder that reads those tokens between the words, and the model that joins them. Plain
+PyTorch, no files, no network: `preprocess.py` makes the batch, `load_weights.py` fills the parameters, `generate.py`
+turns logits into words. Parameters carry the names of the published checkpoint.
+
+Sources: "Qwen2-VL" (arXiv 2409.12191) for the design; transformers 5.23.0, `models/qwen2_vl`, for the numerics.
+
+Shapes: B batch, S new tokens, K all tokens so far (cached + new), C width of the decoder (hidden_size),
+        H query heads, G key/value heads (G divides H), D width of one head, V vocabulary,
+        N patches of all pictures together, E width of the vision transformer (embed_dim),
+        T image tokens (N / 4: a 2×2 block of patches becomes one token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The sigmoid approximation of GELU that CLIP-like vision towers were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass
+class VisionConfig:
+    """The `vision_config` of config.json. What the file leaves out has the reference's default."""
+
+    depth: int = 32  # transformer blocks
+    embed_dim: int = 1280  # E
+    num_heads: int = 16
+    mlp_ratio: float = 4
+    hidden_size: int = 3584  # width of the tokens it hands over: the decoder's C
+    hidden_act: str = "quick_gelu"
+    in_channels: int = 3
+    patch_size: int = 14  # pixels a side
+    temporal_patch_size: int = 2  # frames in one patch; a still image is doubled
+    spatial_merge_size: int = 2  # patches a side that become one token
+
+
+@dataclass
+class Config:
+    """The fields of config.json that shape the computation. What the file leaves out has the reference's default.
+
+    Source: transformers 5.23.0, `Qwen2VLConfig` and `Qwen2VLTextConfig`.
+    """
+
+    vocab_size: int = 152064
+    hidden_size: int = 8192  # C
+    intermediate_size: int = 29568  # inner width of the MLP
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64  # H
+    num_key_value_heads: int = 8  # G
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5  # the published checkpoints say 1e-6
+    rope_theta: float = 1e6
+    rope_scaling: dict = field(default_factory=lambda: {"type": "mrope", "mrope_section": [16, 24, 24]})
+    use_sliding_window: bool = False
+    sliding_window: int | None = 4096
+    max_window_layers: int = 80
+    attention_dropout: float = 0.0
+    tie_word_embeddings: bool = False  # true: the output head is the embedding table
+    image_token_id: int = 151655  # <|image_pad|>: the place of one image token
+    video_token_id: int = 151656  # <|video_pad|>
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    bos_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151645
+    pad_token_id: int | None = None
+    vision_config: VisionConfig = field(default_factory=VisionConfig)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self):
+        """Raises ValueError for what this file does not compute, or what does not fit together."""
+        heads, shared, vision = self.num_attention_heads, self.num_key_value_heads, self.vision_config
+        section, half = self.rope_scaling.get("mrope_section", []), self.head_dim // 2
+        rope = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
+        acts, split = {self.hidden_act, vision.hidden_act}, (vision.embed_dim, vision.num_heads)
+        for fine, problem in (
+            (acts <= set(ACTIVATIONS), f"hidden_act is one of {acts}, supported are {set(ACTIVATIONS)}"),
+            (rope in ("default", "mrope"), f"rope type is {rope!r}, supported are 'default' and 'mrope'"),
+            (not self.use_sliding_window, "use_sliding_window is true, which is not supported"),
+            (self.hidden_size % heads == 0, f"{heads} heads do not divide hidden_size {self.hidden_size}"),
+            (heads % shared == 0, f"num_key_value_heads {shared} does not divide num_attention_heads {heads}"),
+            (sum(section) == half, f"mrope_section {section} does not sum to half the head width, {half}"),
+            (split[0] % (4 * split[1]) == 0, "vision embed_dim {} is no multiple of 4 · {} heads".format(*split)),
+            (
+                vision.hidden_size == self.hidden_size,
+                f"vision hands {vision.hidden_size} to hidden_size {self.hidden_size}",
+            ),
+        ):
+            if not fine:
+                raise ValueError(f"configuration: {problem}")
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision → float32; float32 and float64 stay, so that a float64 run never rounds below it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+@dataclass
+class AttentionPlan:
+    """Who may look at whom: worked out once per forward pass, shared by all layers.
+
+    With neither of the first three fields, everyone sees everyone.
+    """
+
+    way: str  # "plain", "sdpa" or "flash"
+    causal: bool = False  # each token sees itself and all before it
+    mask: Tensor | None = None  # bool [B, 1, S, K], True = visible: where `causal` alone does not say it
+    slices: list[int] | None = None  # [N] is cut into pieces of these lengths that do not see each other
+    packed: dict | None = None  # the same in flash-attn's terms, made only for that way
+
+
+def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionPlan:
+    """A patch sees the patches of its own temporal slice; `slices` holds the number of patches of each."""
+    if way != "flash":
+        return AttentionPlan(way, slices=slices)
+    cu_seqlens = F.pad(torch.tensor(slices).cumsum(0), (1, 0)).to(device, torch.int32)
+    packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    return AttentionPlan(way, packed=packed | {"max_seqlen_q": max(slices), "max_seqlen_k": max(slices)})
+
+
+def plan_decoder(x: Tensor, cached: int, attention_mask: Tensor | None, way: str) -> AttentionPlan:
+    """A token of x [B, S, C] sees itself, the new ones before it and all cached ones, but no padding."""
+    rows, new, device = x.shape[0], x.shape[1], x.device
+    total = cached + new
+    if attention_mask is not None and attention_mask.all():  # nothing is padded: the quick ways are open
+        attention_mask = None
+    if way == "flash" and new > 1:
+        real = torch.ones(rows, total, device=device) if attention_mask is None else attention_mask
+        packed = {"causal": True}  # which aligns the last query with the last key, whatever their numbers
+        for name, part in (("q", real[:, cached:]), ("k", real)):
+            lengths = part.sum(1).int()
+            packed[f"cu_seqlens_{name}"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+            packed[f"max_seqlen_{name}"] = int(lengths.max())
+            packed[f"real_{name}"] = part.flatten().nonzero()[:, 0]  # the places of what is not padding
+        return AttentionPlan(way, packed=packed)
+    if way == "flash":  # one new token only reads the cache: nothing to gain, and packing would copy it all
+        way = "sdpa"
+    if attention_mask is None and (cached == 0 or new == 1):
+        return AttentionPlan(way, causal=new > 1)
+    query, key = torch.arange(cached, total, device=device)[:, None], torch.arange(total, device=device)
+    mask = (key <= query).expand(rows, 1, new, total)
+    if attention_mask is not None:
+        # Padding sees itself, or its softmax would be 0/0 and the NaN would spread through the values.
+        mask = mask & attention_mask[:, None, None].bool() | (key == query)
+    return AttentionPlan(way, mask=mask)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """softmax(q kᵀ / √D) v where the plan allows a look, in the way the plan names.
+
+    q [B, H, S, D]; k, v [B, G, K, D], each key/value head shared by H / G query heads → [B, H, S, D].
+    Source: "Attention Is All You Need" §3.2; grouped queries arXiv 2305.13245; flash-attn arXiv 2307.08691.
+    """
+    if plan.way == "flash":
+        return flash_attention(q, k, v, **plan.packed)
+    if plan.slices is not None and len(plan.slices) > 1:
+        # No N×N product is ever made: equal slices stand side by side as a batch, unequal ones take turns.
+        one = AttentionPlan(plan.way)
+        if len(set(plan.slices)) == 1:
+            q, k, v = (x[0].unflatten(1, (len(plan.slices), -1)).transpose(0, 1) for x in (q, k, v))
+            return attention(q, k, v, one).transpose(0, 1).flatten(1, 2)[None]
+        parts = zip(*(x.split(plan.slices, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([attention(*part, one) for part in parts], dim=2)
+    if plan.way == "sdpa":
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, K, D]
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
+    mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if plan.causal else plan.mask
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return at_least_float32(scores).softmax(-1).to(q.dtype) @ v
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, real_q: Tensor | None = None, real_k: Tensor | None = None, **packed
+) -> Tensor:
+    """The same through flash-attn, which takes all sequences end to end in one row, without their padding."""
+    from flash_attn import flash_attn_varlen_func  # optional, for CUDA and half precision
+
+    rows, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·S, H, D], [B·K, G, D]
+    if real_q is None:
+        out = flash_attn_varlen_func(rows, k, v, **packed)
+    else:
+        out = torch.zeros_like(rows)
+        out[real_q] = flash_attn_varlen_func(rows[real_q], k[real_k], v[real_k], **packed)
+    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------------- rotary position embedding
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair (x[i], x[i + D/2]) by its angle. x [..., D]; cos and sin broadcast to it.
+
+    Source: RoFormer, arXiv 2104.09864 §3.4, with halves instead of neighbours as pairs, as in the checkpoints.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def inverse_frequencies(width: int, theta: float, like: Tensor) -> Tensor:
+    """theta^(-2i/width) for i = 0 … width/2 - 1, in at least float32: [width / 2].
+
+    Made anew on each call rather than kept as a buffer: a buffer would follow `model.to(bfloat16)` and ruin the
+    angles, and would have no values on a model built on the meta device.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return 1.0 / theta ** (torch.arange(0, width, 2, device=like.device, dtype=dtype) / width)
+
+
+def vision_rotary(grid_thw: list[list[int]], head_dim: int, merge: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [N, D] that tell a patch its row and column; half of the angles belong to each.
+
+    Patches come in the order of preprocessing, merge block by merge block, so their (y, x) must too.
+    Source: transformers 5.23.0, `Qwen2VLVisionRotaryEmbedding`.
+    """
+    positions = []
+    for t, h, w in grid_thw:
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        yx = torch.stack((y, x), dim=-1).view(h // merge, merge, w // merge, merge, 2)
+        positions.append(yx.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))  # the same in each temporal slice
+    positions = torch.cat(positions).to(like.device)  # [N, 2]
+    angles = positions[..., None] * inverse_frequencies(head_dim // 2, 10000.0, like)  # [N, 2, D / 4]
+    angles = angles.flatten(1).repeat(1, 2)  # [N, D]: y then x, and again for the second half of each pair
+    return angles.cos(), angles.sin()
+
+
+def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """M-RoPE: cos and sin [B, 1, S, D] from position_ids [3, B, S] (time, height, width), in `like`'s dtype.
+
+    `mrope_section` deals the frequencies out, fast ones first: [16, 24, 24] gives the first 16 to time, the next
+    24 to height, the last 24 to width. A word has three equal positions, which makes this plain 1-D rope for it.
+    Source: arXiv 2409.12191 §2.1; transformers 5.23.0, `Qwen2VLRotaryEmbedding`.
+    """
+    section = config.rope_scaling["mrope_section"]
+    axis = [i % 3 for i, count in enumerate(section) for _ in range(count)]  # [D / 2], which row drives it
+    positions = position_ids[axis].permute(1, 2, 0)  # [B, S, D / 2]
+    angles = positions * inverse_frequencies(config.head_dim, config.rope_theta, like)
+    angles = angles.repeat(1, 1, 2)[:, None]  # [B, 1, S, D]
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def get_rope_index(
+    config: Config,
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The three positions of each token, and what to add to a row's length to get its next position.
+
+    input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [pictures or clips, 3] in patches, in reading order
+    → position_ids int64 [3, B, S] (0 where padded), rope_deltas int64 [B, 1].
+
+    A word takes one step on all three axes. A picture of T×H×W tokens starts at the next free position p and
+    spans (p + t, p + y, p + x); the words after it go on at p + max(T, H, W), one after its largest position.
+    Source: arXiv 2409.12191 §2.1 and Figure 3. (transformers 5.x goes on at p + max(H, W), so that words overlap
+    the tail of a long clip; 4.x and the published weights follow the paper.)
+    Raises ValueError if the placeholders in input_ids do not fit the grids.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+    position_ids = ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)  # right already where there are only words
+    if image_grid_thw is not None or video_grid_thw is not None:
+        merge, position_ids = config.vision_config.spatial_merge_size, position_ids.clone()
+        grids = {
+            config.image_token_id: iter([] if image_grid_thw is None else image_grid_thw.tolist()),
+            config.video_token_id: iter([] if video_grid_thw is None else video_grid_thw.tolist()),
+        }
+        for row, row_mask in enumerate(mask.bool()):
+            ids, start, p, parts = input_ids[row, row_mask].tolist(), 0, 0, []
+            while start < len(ids):
+                if ids[start] in grids:
+                    grid = next(grids[ids[start]], None)
+                    if grid is None:
+                        raise ValueError(f"row {row}: more placeholder runs (id {ids[start]}) than grids for them")
+                    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
+                    end = start + t * h * w
+                    if ids[start:end] != [ids[start]] * (t * h * w):
+                        raise ValueError(
+                            f"row {row}: grid {grid} needs {t * h * w} placeholders (id {ids[start]}) from token "
+                            f"{start} on, found {ids[start:end].count(ids[start])}"
+                        )
+                    parts.append(p + torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T)
+                    p += max(t, h, w)
+                else:
+                    end = next((i for i in range(start, len(ids)) if ids[i] in grids), len(ids))
+                    parts.append(p + torch.arange(end - start).expand(3, -1))
+                    p += end - start
+                start = end
+            if parts:
+                position_ids[:, row, row_mask] = torch.cat(parts, dim=1).to(input_ids.device)
+        for token_id, rest in grids.items():
+            if left := len(list(rest)):
+                raise ValueError(f"{left} grids have no placeholders (id {token_id}) in input_ids")
+    rope_deltas = position_ids.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+    return position_ids, rope_deltas
+
+
+# ----------------------------------------------------------------------------------------- vision transformer
+
+
+class PatchEmbed(nn.Module):
+    """One patch → one vector."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        # The published weight is that of a 3-D convolution whose stride equals its kernel. Then each patch meets
+        # the kernel exactly once, and the convolution is one matrix product, which is far faster.
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)  # [E, channels · frames · height · width]
+        return F.linear(pixel_values.to(weight.dtype), weight)  # [N, E]
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
+        qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)  # [N, 3, H, D]
+        q, k, v = qkv.permute(1, 2, 0, 3)[:, None]  # each [1, H, N, D]
+        # Turned in float32, unlike in the decoder, and rounded back only after.
+        q, k = (rotate(at_least_float32(y), cos, sin).to(x.dtype) for y in (q, k))
+        out = attention(q, k, v, plan)  # [1, H, N, D]
+        return self.proj(out[0].transpose(0, 1).flatten(1))  # [N, E]
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        inner = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(config.embed_dim, inner)
+        self.fc2 = nn.Linear(inner, config.embed_dim)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, plan)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """A 2×2 block of patches → one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.merged = config.embed_dim * config.spatial_merge_size**2  # 4E
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        # nn.GELU() is the exact one here; its tanh approximation would be off by 2e-3 in the logits.
+        self.mlp = nn.Sequential(
+            nn.Linear(self.merged, self.merged), nn.GELU(), nn.Linear(self.merged, config.hidden_size)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The patches of a block are neighbours in memory (that is why preprocessing orders them so): merging
+        # them is a view.
+        return self.mlp(self.ln_q(x).view(-1, self.merged))  # [T, C]
+
+
+class VisionTransformer(nn.Module):
+    """Patches of pictures and clips of any sizes, end to end → image tokens, in the same order."""
+
+    def __init__(self, config: VisionConfig, attention: str = "sdpa"):
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = PatchMerger(config)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """pixel_values [N, channels · frames · height · width of a patch], grid_thw [pictures, 3] → [T, C]."""
+        grids, config = grid_thw.tolist(), self.config
+        x = self.patch_embed(pixel_values)  # [N, E]
+        if (expected := sum(t * h * w for t, h, w in grids)) != len(x):
+            raise ValueError(f"pixel_values has {len(x)} patches, grid_thw {grids} says {expected}")
+        head_dim = config.embed_dim // config.num_heads
+        cos, sin = vision_rotary(grids, head_dim, config.spatial_merge_size, like=x)
+        # A clip's frames do not see each other here; time is the decoder's business.
+        plan = plan_vision([h * w for t, h, w in grids for _ in range(t)], self.attention, x.device)
+        for block in self.blocks:
+            x = block(x, cos, sin, plan)
+        return self.merger(x)  # no norm in between, unlike most vision transformers
+
+
+# --------------------------------------------------------------------------------------------------- decoder
+
+
+class KVCache:
+    """Keys and values of all tokens so far, in memory that is allocated once, and where each row goes on."""
+
+    def __init__(self, config: Config, rows: int, max_length: int, device=None, dtype=None):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.max_length = max_length
+        self.length = 0  # tokens stored, padding included: the same for all rows
+        self.next_position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], differs by row
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores a layer's new k, v [B, G, S, D]; returns all of them so far, [B, G, K, D], as views."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight: no mean, no bias. Source: arXiv 1910.07467."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x)  # the sum of squares would lose its small terms in half precision
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        inner, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner)  # q, k and v have biases, o has none
+        self.k_proj = nn.Linear(config.hidden_size, shared)
+        self.v_proj = nn.Linear(config.hidden_size, shared)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # q [B, H, S, D]; k, v [B, G, S, D]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # [B, G, K, D]
+        out = attention(q, k, v, plan)  # [B, H, S, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, S, C]
+
+
+class MLP(nn.Module):
+    """SwiGLU: one projection gates the other. Source: arXiv 2002.05202."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, plan, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedded words and pictures → what to say next, as vectors."""
+
+    def __init__(self, config: Config, attention: str = "sdpa"):
+        super().__init__()
+        self.config, self.attention = config, attention
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """x [B, S, C], position_ids [3, B, S], attention_mask [B, K] → [B, S, C]."""
+        rows, new = x.shape[:2]
+        total = new if cache is None else cache.length + new
+        if cache is not None and total > cache.max_length:
+            raise ValueError(f"the KV cache holds {cache.max_length} tokens, {total} are needed")
+        if attention_mask is not None and attention_mask.shape != (rows, total):
+            raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}")
+        cos, sin = multimodal_rotary(self.config, position_ids, like=x)
+        plan = plan_decoder(x, total - new, attention_mask, self.attention)
+        for layer in self.layers:
+            x = layer(x, cos, sin, plan, cache)
+        if cache is not None:
+            cache.length = total
+        return self.norm(x)
+
+
+# -------------------------------------------------------------------------------------------------- the model
+
+
+class Qwen2VL(nn.Module):
+    """The whole: pictures become tokens, stand in the text where their placeholders stood, and are read with it."""
+
+    def __init__(self, config: Config, attention: str = "sdpa"):
+        """attention: "plain" (the textbook lines), "sdpa" (PyTorch's fused kernels) or "flash" (flash-attn)."""
+        super().__init__()
+        if attention not in ("plain", "sdpa", "flash"):
+            raise ValueError(f"attention is {attention!r}, expected 'plain', 'sdpa' or 'flash'")
+        self.config = config
+        self.visual = VisionTransformer(config.vision_config, attention)
+        self.model = Decoder(config, attention)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+        self.generation_config: dict = {}  # generation_config.json, where the checkpoint has one
+
+    def tie_weights(self) -> None:
+        """One table both embeds a token and scores it, in the small models (`tie_word_embeddings`)."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def embed(self, input_ids: Tensor, token_id: int, pixels: Tensor, grid_thw: Tensor, x: Tensor) -> Tensor:
+        """x [B, S, C] with the tokens of pictures or clips in the place of their placeholders, in reading order."""
+        features = self.visual(pixels, grid_thw)  # [T, C]
+        places = input_ids == token_id  # [B, S]
+        if places.sum() != len(features):
+            raise ValueError(
+                f"input_ids has {int(places.sum())} placeholders (id {token_id}), grid_thw {len(features)}"
+            )
+        return x.masked_scatter(places[..., None], features)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Logits [B, S, V] of the token after each of input_ids [B, S].
+
+        attention_mask [B, K]: 1 real, 0 padding (on the left), over cached and new tokens; None: all are real.
+        position_ids [3, B, S]: by default get_rope_index of the new tokens, going on where the cache stands.
+        cache: what earlier calls computed; the new tokens are added to it.
+        pixel_values, image_grid_thw (and the same for videos): the pictures of *these* input_ids only, so a
+        decode step passes none and the vision transformer runs once per picture.
+        logits_to_keep: score only the last so many positions (0: all); a prefill needs just one.
+        """
+        config = self.config
+        x = self.model.embed_tokens(input_ids)  # [B, S, C]
+        if pixel_values is not None:
+            x = self.embed(input_ids, config.image_token_id, pixel_values, image_grid_thw, x)
+        if pixel_values_videos is not None:
+            x = self.embed(input_ids, config.video_token_id, pixel_values_videos, video_grid_thw, x)
+        if position_ids is None:
+            new_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            position_ids, rope_deltas = get_rope_index(config, input_ids, image_grid_thw, video_grid_thw, new_mask)
+            if cache is not None:
+                # Positions only ever count on from the largest so far, so new tokens are numbered by themselves
+                # and moved: the same line serves a prefill, a decode step and the next turn of a chat.
+                position_ids = position_ids + cache.next_position
+                length = input_ids.shape[1] if new_mask is None else new_mask.sum(1, keepdim=True)
+                cache.next_position = cache.next_position + length + rope_deltas
+        x = self.model(x, position_ids, attention_mask, cache)  # [B, S, C]
+        return self.lm_head(x[:, -logits_to_keep:])

@@ -1,0 +1,327 @@
+"""Small random models and inputs, built the same way for `qwen2vl.py`, transformers and the NumPy oracle.
+
+Everything starts from three plain things that are fixed by a seed: a config (a dict like config.json), the
+weights (a dict of float32 tensors under the published checkpoint's names) and the rows of a batch. From them
+`our_model`, `reference_model` and `oracle_run` each make their own.
+"""
+
+import copy
+import itertools
+import types
+
+import numpy as np
+import torch
+
+torch.set_num_threads(1)  # products this small gain nothing from threads, and on a busy machine wait for them
+
+# Ids of the special tokens in every small model; text tokens are those above LAST_SPECIAL.
+VISION_START, VISION_END, IMAGE, VIDEO, PAD = 1, 2, 3, 4, 0
+LAST_SPECIAL = 4
+
+
+def small_config(
+    heads=4, kv_heads=2, width=16, sections=(2, 3, 3), layers=2, tied=False, vision_heads=2, vision_width=16,
+    depth=2, mlp_ratio=2, vocab=61, intermediate=48, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+    **more,
+):  # fmt: skip
+    """A config.json in the hub's flat layout. `width` and `vision_width` are those of one attention head."""
+    assert sum(sections) * 2 == width, "mrope_section shares out half of a head's width"
+    return {
+        "vocab_size": vocab,
+        "hidden_size": heads * width,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": list(sections)},
+        "tie_word_embeddings": tied,
+        "use_sliding_window": False,
+        "sliding_window": 512,
+        "max_window_layers": layers,
+        "attention_dropout": 0.0,
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "vision_config": {
+            "depth": depth,
+            "embed_dim": vision_heads * vision_width,
+            "num_heads": vision_heads,
+            "mlp_ratio": mlp_ratio,
+            "hidden_size": heads * width,
+            "in_channels": 3,
+            "patch_size": patch_size,
+            "spatial_merge_size": spatial_merge_size,
+            "temporal_patch_size": temporal_patch_size,
+        },
+    } | more
+
+
+# The ways in which published or plausible checkpoints differ: how many query heads share a key head, how
+# wide a head is, how mrope_section shares it out, how deep both towers are, tied or not.
+SHAPES = {
+    "plain": small_config(),
+    "tied": small_config(tied=True),
+    "one kv head": small_config(heads=6, kv_heads=1, width=8, sections=(1, 1, 2), layers=3),
+    "no sharing": small_config(heads=3, kv_heads=3, width=24, sections=(4, 4, 4), tied=True),
+    "like 7B": small_config(heads=7, kv_heads=1, width=32, sections=(4, 6, 6), layers=1, vocab=97),
+    "real head widths": small_config(
+        heads=2, kv_heads=1, width=128, sections=(16, 24, 24), vision_heads=1, vision_width=80, mlp_ratio=4
+    ),
+    "deep": small_config(layers=5, depth=4, tied=True),
+    "shallow": small_config(layers=1, depth=1, vision_heads=4, vision_width=8),
+    "lopsided sections": small_config(sections=(6, 1, 1), vision_heads=3, vision_width=12),
+    "other eps and theta": small_config(rms_norm_eps=1e-5, rope_theta=10000.0),
+    "other patches": small_config(patch_size=6, temporal_patch_size=3, spatial_merge_size=3),
+}
+
+
+def random_shape(seed):
+    """A config drawn at random, for the tests that need many."""
+    pick = np.random.default_rng(seed)
+    kv_heads, group = int(pick.integers(1, 4)), int(pick.integers(1, 5))
+    half = int(pick.choice([4, 8, 12, 16, 32]))
+    first, second = sorted(pick.choice(np.arange(1, half), size=2, replace=False).tolist())
+    return small_config(
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        width=2 * half,
+        sections=(first, second - first, half - second),
+        layers=int(pick.integers(1, 5)),
+        tied=bool(pick.integers(2)),
+        vision_heads=int(pick.integers(1, 4)),
+        vision_width=int(pick.choice([8, 16, 20, 32])),
+        depth=int(pick.integers(1, 4)),
+        mlp_ratio=int(pick.choice([2, 4])),
+        vocab=int(pick.integers(40, 120)),
+    )
+
+
+def random_weights(config, seed=0):
+    """{published name: float32 tensor}. No bias is zero and no norm weight one, so that a fault shows."""
+    g = torch.Generator().manual_seed(seed)
+    weights = {}
+
+    def normal(name, *shape, std=None, mean=0.0):
+        std = std if std is not None else 1.2 * shape[-1] ** -0.5
+        weights[name] = mean + std * torch.randn(*shape, generator=g)
+
+    def linear(name, out_width, in_width, bias=True):
+        normal(name + ".weight", out_width, in_width)
+        if bias:
+            normal(name + ".bias", out_width, std=0.2)
+
+    def norm(name, width, bias):
+        normal(name + ".weight", width, std=0.2, mean=1.0)
+        if bias:
+            normal(name + ".bias", width, std=0.2)
+
+    v = config["vision_config"]
+    E, C, inner = v["embed_dim"], config["hidden_size"], config["intermediate_size"]
+    patch = (v["in_channels"], v["temporal_patch_size"], v["patch_size"], v["patch_size"])
+    normal("visual.patch_embed.proj.weight", E, *patch, std=1.2 * np.prod(patch) ** -0.5)
+    for i in range(v["depth"]):
+        block = f"visual.blocks.{i}"
+        norm(f"{block}.norm1", E, bias=True)
+        norm(f"{block}.norm2", E, bias=True)
+        linear(f"{block}.attn.qkv", 3 * E, E)
+        linear(f"{block}.attn.proj", E, E)
+        linear(f"{block}.mlp.fc1", v["mlp_ratio"] * E, E)
+        linear(f"{block}.mlp.fc2", E, v["mlp_ratio"] * E)
+    merged = E * v["spatial_merge_size"] ** 2
+    norm("visual.merger.ln_q", E, bias=True)
+    linear("visual.merger.mlp.0", merged, merged)
+    linear("visual.merger.mlp.2", C, merged)
+
+    normal("model.embed_tokens.weight", config["vocab_size"], C)
+    kv_width = C // config["num_attention_heads"] * config["num_key_value_heads"]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+        norm(f"{layer}.input_layernorm", C, bias=False)
+        norm(f"{layer}.post_attention_layernorm", C, bias=False)
+        linear(f"{layer}.self_attn.q_proj", C, C)
+        linear(f"{layer}.self_attn.k_proj", kv_width, C)
+        linear(f"{layer}.self_attn.v_proj", kv_width, C)
+        linear(f"{layer}.self_attn.o_proj", C, C, bias=False)
+        linear(f"{layer}.mlp.gate_proj", inner, C, bias=False)
+        linear(f"{layer}.mlp.up_proj", inner, C, bias=False)
+        linear(f"{layer}.mlp.down_proj", C, inner, bias=False)
+    norm("model.norm", C, bias=False)
+    if not config["tie_word_embeddings"]:
+        normal("lm_head.weight", config["vocab_size"], C)
+    return weights
+
+
+# ---------------------------------------------------------------------------------------------------- inputs
+
+
+def random_row(config, parts, seed=0):
+    """One conversation. parts: a number (that many text tokens), ("image", h, w) or ("video", t, h, w).
+
+    Height and width count tokens, that is, patches after merging. Gives a dict: "ids", and under "image" and
+    "video" (grids in patches, pixels).
+    """
+    pick = np.random.default_rng(seed)
+    v = config["vision_config"]
+    row = {"ids": [], "image": ([], []), "video": ([], [])}
+    for part in parts:
+        if isinstance(part, int):
+            row["ids"] += pick.integers(LAST_SPECIAL + 1, config["vocab_size"], size=part).tolist()
+            continue
+        kind, *grid = part
+        t, h, w = [1, *grid] if kind == "image" else grid
+        row["ids"] += [VISION_START, *[config[f"{kind}_token_id"]] * (t * h * w), VISION_END]
+        h, w = h * v["spatial_merge_size"], w * v["spatial_merge_size"]
+        columns = v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2
+        row[kind][0].append([t, h, w])
+        row[kind][1].append(pick.normal(size=(t * h * w, columns)).astype(np.float32))
+    return row
+
+
+def make_batch(rows, dtype=torch.float32):
+    """Rows, left padded -> the keyword arguments of `Qwen2VL.forward` (no mask where nothing is padded)."""
+    length = max(len(row["ids"]) for row in rows)
+    padding = [length - len(row["ids"]) for row in rows]
+    ids = [[PAD] * n + row["ids"] for n, row in zip(padding, rows, strict=True)]
+    batch = {"input_ids": torch.tensor(ids)}
+    if any(padding):
+        batch["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
+    for kind, pixels_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        grids = [grid for row in rows for grid in row[kind][0]]
+        if grids:
+            pixels = np.concatenate([patches for row in rows for patches in row[kind][1]])
+            batch[f"{kind}_grid_thw"] = torch.tensor(grids)
+            batch[pixels_name] = torch.from_numpy(pixels).to(dtype)
+    return batch
+
+
+# -------------------------------------------------------------------------------------- the three models
+
+
+def our_config(config):
+    from qwen2vl import Config, VisionConfig
+
+    return Config(**(config | {"vision_config": VisionConfig(**config["vision_config"])}))
+
+
+def our_model(config, weights, dtype=torch.float32, attention="sdpa"):
+    from qwen2vl import Qwen2VL
+
+    model = Qwen2VL(our_config(config), attention=attention)
+    missing, extra = model.load_state_dict(weights, strict=False)
+    assert not extra, f"names that the model does not know: {extra}"
+    assert set(missing) <= {"lm_head.weight"}, f"names that the model lacks: {missing}"
+    assert not missing or config["tie_word_embeddings"], "not tied, and yet without an output matrix"
+    return model.to(dtype).eval()
+
+
+def reference_name(name):
+    """Published tensor name -> its name in transformers 5."""
+    if name.startswith("visual."):
+        return "model." + name
+    return name.replace("model.", "model.language_model.", 1)
+
+
+def reference_model(config, weights, dtype=torch.float32, attention="eager"):
+    """transformers' own model, with the same weights."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    # Nested, as transformers 5 writes it. No token ends a row here: the tests compare a fixed number of steps.
+    text = copy.deepcopy(config) | {"bos_token_id": None, "eos_token_id": None}  # it writes into rope_scaling
+    top = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    top = {name: text.pop(name) for name in (*top, "tie_word_embeddings", "vision_config")}
+    reference_config = Qwen2VLConfig(text_config=text, **top)
+    reference_config._attn_implementation = attention
+    model = Qwen2VLForConditionalGeneration(reference_config)
+    missing, extra = model.load_state_dict({reference_name(n): t for n, t in weights.items()}, strict=False)
+    assert not extra, f"names that the reference does not know: {extra}"
+    assert set(missing) <= {"lm_head.weight"}, f"names that the reference lacks: {missing}"
+    model.tie_weights()
+    return model.to(dtype).eval()
+
+
+def token_types(config, input_ids):
+    """What transformers 5 wants beside the ids: 0 text, 1 image, 2 video."""
+    ids = torch.as_tensor(input_ids)
+    return (ids == config["image_token_id"]).int() + 2 * (ids == config["video_token_id"]).int()
+
+
+def reference_logits(model, config, batch):
+    """The reference's logits for our batch."""
+    model.model.rope_deltas = None  # it keeps those of the last call
+    kinds = token_types(config, batch["input_ids"])
+    with torch.no_grad():
+        return model(**batch, mm_token_type_ids=kinds, use_cache=False).logits
+
+
+def oracle_run(config, weights, row):
+    """`tests/oracle.py` on one row, see `random_row`."""
+    import oracle
+
+    def joined(kind):
+        grids, pixels = row[kind]
+        return (np.concatenate(pixels), grids) if grids else (None, ())
+
+    weights = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    return oracle.run(config, weights, row["ids"], *joined("image"), *joined("video"))
+
+
+# ---------------------------------------------------------------------------------- flash-attn's stand-in
+
+
+def flash_attn_stand_in():
+    """A module to put into sys.modules as `flash_attn`: its varlen function, computed slowly, on any device.
+
+    The signature and the meaning are those of flash-attn 2.8 (`flash_attn/flash_attn_interface.py`): sequences
+    end to end in [total, heads, width], fewer key heads allowed, a causal mask aligned to the bottom right, a
+    window that counts both ends in, zeros for a query that may see nothing. Arguments that it would reject or
+    misread fail here. `module.calls` keeps what it was called with.
+    """
+    module = types.ModuleType("flash_attn")
+    module.calls = []
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        (total, heads, width), (_, kv_heads, _) = q.shape, k.shape
+        assert k.shape == v.shape == (len(k), kv_heads, width), "k and v are [total, kv heads, width]"
+        assert heads % kv_heads == 0, "query heads are a multiple of key heads"
+        assert q.dtype == k.dtype == v.dtype
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "the last dimension must be contiguous"
+        assert (dropout_p, softcap, alibi_slopes, block_table) == (0.0, 0.0, None, None)
+        for cu_seqlens, longest, end in ((cu_seqlens_q, max_seqlen_q, total), (cu_seqlens_k, max_seqlen_k, len(k))):
+            assert cu_seqlens.dtype == torch.int32, "cu_seqlens must be int32"
+            assert cu_seqlens.device == q.device
+            lengths = cu_seqlens.diff()
+            assert cu_seqlens[0] == 0, "offsets start at 0"
+            assert cu_seqlens[-1] == end, "offsets end where the packed row ends"
+            assert (lengths >= 0).all()
+            assert type(longest) is int, "a tensor here would make the GPU wait"
+            assert longest == lengths.max(), "the longest sequence decides how many blocks are launched"
+        assert len(cu_seqlens_q) == len(cu_seqlens_k)
+        module.calls.append({"causal": causal, "cu_seqlens_q": cu_seqlens_q.tolist(), "heads": (heads, kv_heads)})
+
+        scale = width**-0.5 if softmax_scale is None else softmax_scale
+        left, right = window_size[0], 0 if causal else window_size[1]
+        out = torch.zeros_like(q)
+        ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
+        for (q0, k0), (q1, k1) in itertools.pairwise(ends):
+            keys, values = (x[k0:k1].repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+            i = torch.arange(q1 - q0, device=q.device)[:, None] + (k1 - k0) - (q1 - q0)
+            j = torch.arange(k1 - k0, device=q.device)[None, :]
+            visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device)
+            visible &= (j >= i - left) if left >= 0 else True
+            visible &= (j <= i + right) if right >= 0 else True
+            scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * scale
+            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+            out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, values)
+        return out
+
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    return module

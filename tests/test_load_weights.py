@@ -1,0 +1,422 @@
+"""`load_weights.py`: every layout of a checkpoint loads, every fault is named, and what is saved comes back."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import SHAPES, make_batch, our_model, random_row, random_weights, reference_model, reference_name
+from safetensors.torch import load_file, save_file
+
+from load_weights import (
+    choose_attention,
+    find_device,
+    find_folder,
+    load_config,
+    load_model,
+    parameter_name,
+    save_model,
+)
+from qwen2vl import Config, Qwen2VL, VisionConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def write(folder, config, weights, shards=1):
+    """A checkpoint folder with these contents, in as many files as asked for."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config))
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    where = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(weights.items())[i::shards])
+        save_file(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def logits(model, config):
+    batch = make_batch([random_row(config, [3, ("image", 2, 3), 4], seed=1)])
+    with torch.no_grad():
+        return model(**batch)
+
+
+@pytest.fixture(scope="module", params=["plain", "tied"])
+def case(request):
+    """A config, weights for it and the logits that they give."""
+    config = SHAPES[request.param]
+    weights = random_weights(config, seed=3)
+    return config, weights, logits(our_model(config, weights), config)
+
+
+# ---------------------------------------------------------------------------------------------- configurations
+
+
+def nested(config):
+    """The layout of transformers 5: the decoder's fields inside, rope in one dict, the tie flag outside."""
+    top = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config")
+    text = {name: value for name, value in config.items() if name not in (*top, "tie_word_embeddings")}
+    section = text.pop("rope_scaling")["mrope_section"]
+    text["rope_parameters"] = {
+        "rope_theta": text.pop("rope_theta"),
+        "rope_type": "default",
+        "mrope_section": section,
+    }
+    outside = {name: config[name] for name in (*top, "tie_word_embeddings")}
+    return {"model_type": "qwen2_vl", "text_config": text} | outside
+
+
+def flat_and_nested(config):
+    """The layout of transformers 4.57: some fields twice, the tie flag only inside and only when it is set."""
+    text = {name: value for name, value in config.items() if name != "vision_config"}
+    outside = {name: value for name, value in config.items() if name != "tie_word_embeddings"}
+    return {"model_type": "qwen2_vl", "text_config": text} | outside
+
+
+@pytest.mark.parametrize("layout", [dict, nested, flat_and_nested])
+def test_all_config_layouts_load(case, layout, tmp_path):
+    config, weights, expected = case
+    model = load_model(write(tmp_path, layout(config), weights), device="cpu")
+    rope = {"rope_scaling": None}  # "type": "mrope" or "rope_type": "default", which mean the same
+    assert asdict(model.config) | rope == asdict(our_model(config, weights).config) | rope
+    assert model.config.rope_scaling["mrope_section"] == config["rope_scaling"]["mrope_section"]
+    assert torch.equal(logits(model, config), expected)
+    assert not model.training
+
+
+@pytest.mark.parametrize("version", ["4.45.2", "4.57.6", "5.23.0"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_configs_that_the_reference_wrote(version, tied, tmp_path):
+    """Written by `tests/make_golden_configs.py` with those versions, from the same arguments."""
+    written = json.loads((GOLDEN / "configs.json").read_text())[version]["tied" if tied else "untied"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = load_config(tmp_path)
+    assert config.tie_word_embeddings is tied
+    assert (config.hidden_size, config.num_hidden_layers, config.num_key_value_heads) == (64, 2, 2)
+    assert (config.intermediate_size, config.vocab_size, config.rms_norm_eps) == (96, 300, 1e-6)
+    assert (config.rope_theta, config.rope_scaling["mrope_section"]) == (5e5, [2, 3, 3])
+    assert (config.image_token_id, config.video_token_id) == (290, 291)
+    vision = config.vision_config
+    assert (vision.depth, vision.embed_dim, vision.num_heads, vision.hidden_size) == (2, 32, 2, 64)
+    assert (vision.hidden_act, vision.in_channels, vision.mlp_ratio) == ("quick_gelu", 3, 2)
+
+
+def test_published_configs_load(tmp_path):
+    """The three sizes as their hub pages describe them: absent fields take the published meaning."""
+    rope = {"rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    for hidden, inner, layers, heads, kv_heads, vocab, tied in (
+        (1536, 8960, 28, 12, 2, 151936, True),
+        (3584, 18944, 28, 28, 4, 152064, False),
+        (8192, 29568, 80, 64, 8, 152064, False),
+    ):
+        written = {
+            "architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl", "hidden_size": hidden,
+            "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "vocab_size": vocab, "tie_word_embeddings": tied,
+            "rms_norm_eps": 1e-6, "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": layers,
+            "vision_config": {"depth": 32, "embed_dim": 1280, "mlp_ratio": 4, "num_heads": 16, "in_chans": 3,
+                              "hidden_size": hidden, "patch_size": 14, "spatial_merge_size": 2,
+                              "spatial_patch_size": 14, "temporal_patch_size": 2},
+        }  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps(written | rope))
+        config = load_config(tmp_path)
+        assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (hidden, layers, 128)
+        assert config.tie_word_embeddings is tied
+        assert config.vision_config.hidden_act == "quick_gelu"
+        with torch.device("meta"):
+            model = Qwen2VL(config)
+        count = sum(p.numel() for p in model.parameters())
+        assert round(count / 1e9, 1) == {1536: 2.2, 3584: 8.3, 8192: 73.4}[hidden]
+
+
+def test_hub_spelling_of_the_channel_count(tmp_path):
+    config = SHAPES["plain"] | {"vision_config": SHAPES["plain"]["vision_config"] | {"in_chans": 5}}
+    del config["vision_config"]["in_channels"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config))
+    assert load_config(tmp_path).vision_config.in_channels == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl', expected 'qwen2_vl'"),
+        ({"hidden_act": "relu6"}, "hidden_act is one of .*relu6"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "rope type is 'yarn'"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section"),
+        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 64"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
+def test_configs_that_cannot_be_computed_are_refused(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | SHAPES["plain"] | change))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------- tensor names
+
+
+def bare(name):
+    """The names in a save of transformers' model without its head."""
+    return reference_name(name).removeprefix("model.")
+
+
+@pytest.mark.parametrize("rename", [lambda name: name, reference_name, bare])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_all_name_layouts_and_shards_load(case, rename, shards, tmp_path):
+    config, weights, expected = case
+    renamed = {name if name == "lm_head.weight" else rename(name): tensor for name, tensor in weights.items()}
+    assert {parameter_name(name) for name in renamed} == set(weights)
+    model = load_model(write(tmp_path, config, renamed, shards), device="cpu")
+    assert torch.equal(logits(model, config), expected)
+
+
+def test_tied_checkpoint_may_hold_only_the_head(tmp_path):
+    config, weights = SHAPES["tied"], random_weights(SHAPES["tied"], seed=3)
+    expected = logits(our_model(config, weights), config)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    model = load_model(write(tmp_path, config, weights), device="cpu")
+    assert torch.equal(logits(model, config), expected)
+
+
+def test_tied_checkpoint_may_hold_both(tmp_path):
+    config, weights = SHAPES["tied"], random_weights(SHAPES["tied"], seed=3)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    model = load_model(write(tmp_path, config, weights), device="cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_untied_checkpoint_without_head_is_an_error(tmp_path):
+    config, weights = SHAPES["plain"], random_weights(SHAPES["plain"], seed=3)
+    del weights["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"missing: lm_head.weight \[61, 64\]"):
+        load_model(write(tmp_path, config, weights))
+
+
+def test_every_wrong_tensor_is_named_with_both_shapes(tmp_path):
+    config, weights = SHAPES["plain"], random_weights(SHAPES["plain"], seed=3)
+    del weights["visual.blocks.1.norm2.bias"]
+    weights["model.layers.7.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    weights["model.norm.weight"] = torch.zeros(65)
+    with pytest.raises(ValueError, match=r"do not fit its config.json") as caught:
+        load_model(write(tmp_path, config, weights))
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "missing: visual.blocks.1.norm2.bias [32]",
+        "not part of this model: model.layers.7.mlp.up_proj.weight [3, 5]",
+        "wrong shape: model.norm.weight is [65], config.json says [64]",
+    ]
+
+
+def test_missing_shard_is_named(case, tmp_path):
+    config, weights, _ = case
+    write(tmp_path, config, weights, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks model-00002-of-00003.safetensors"):
+        load_model(tmp_path)
+
+
+def test_truncated_file_is_named(case, tmp_path):
+    config, weights, _ = case
+    path = write(tmp_path, config, weights) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors is not a whole safetensors file"):
+        load_model(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- no second copy
+
+
+def test_parameters_are_the_mapped_file(tmp_path):
+    """In the file's dtype and on the CPU, no tensor's memory lies outside the mapping of the file.
+
+    Watched from outside, in /proc/self/maps, in a process of its own.
+    """
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("needs Linux's /proc")
+    config, weights = SHAPES["tied"], random_weights(SHAPES["tied"], seed=3)
+    write(tmp_path, config, {name: tensor.bfloat16() for name, tensor in weights.items()})
+    script = """
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from load_weights import load_model
+model = load_model(sys.argv[1], device="cpu")
+ranges = []
+for line in Path("/proc/self/maps").read_text().splitlines():
+    if line.endswith("model.safetensors"):
+        ranges.append([int(end, 16) for end in line.split()[0].split("-")])
+outside = [n for n, p in model.named_parameters() if not any(a <= p.data_ptr() < b for a, b in ranges)]
+assert ranges and not outside, (ranges, outside)
+"""
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_nothing_is_initialised_at_random(case, tmp_path, monkeypatch):
+    """The random-number generator does not move, and no initialiser touches real memory."""
+    config, weights, _ = case
+    write(tmp_path, config, weights)
+    before = torch.random.get_rng_state()
+    load_model(tmp_path, device="cpu")
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_on_request(case, dtype, tmp_path):
+    config, weights, _ = case
+    model = load_model(write(tmp_path, config, weights), device="cpu", dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    expected = our_model(config, weights, dtype)
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+# ---------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_folder_comes_back(case, dtype, tmp_path):
+    config, weights, _ = case
+    model = our_model(config, weights, dtype)
+    model.generation_config = {"do_sample": False, "eos_token_id": [1, 2]}
+    save_model(model, tmp_path / "new" / "folder")
+    again = load_model(tmp_path / "new" / "folder", device="cpu")
+    assert again.config == model.config
+    assert again.generation_config == model.generation_config
+    assert again.lm_head.weight.dtype == dtype
+    assert torch.equal(logits(again, config), logits(model, config))
+    stored = load_file(tmp_path / "new" / "folder" / "model.safetensors")
+    assert ("lm_head.weight" in stored) is not config["tie_word_embeddings"]
+
+
+def test_transformers_opens_what_we_save(case, tmp_path):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    config, weights, expected = case
+    save_model(our_model(config, weights), tmp_path)
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    batch = make_batch([random_row(config, [3, ("image", 2, 3), 4], seed=1)])
+    with torch.no_grad():
+        got = theirs(**batch, mm_token_type_ids=(batch["input_ids"] == config["image_token_id"]).int()).logits
+    assert (got - expected).abs().max() <= 3e-5
+
+
+def test_we_open_what_transformers_saves(case, tmp_path):
+    config, weights, expected = case
+    reference_model(config, weights).save_pretrained(tmp_path)
+    assert (logits(load_model(tmp_path, device="cpu"), config) - expected).abs().max() <= 3e-5
+
+
+def test_we_open_a_bare_save_of_transformers(tmp_path):
+    config, weights = SHAPES["tied"], random_weights(SHAPES["tied"], seed=3)
+    expected = logits(our_model(config, weights), config)
+    reference_model(config, weights).model.save_pretrained(tmp_path)
+    assert (logits(load_model(tmp_path, device="cpu"), config) - expected).abs().max() <= 3e-5
+
+
+# ---------------------------------------------------------------------------------------------- finding, choosing
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/folder", "no folder no/such/folder, nor a hub name"),
+        ("./missing", "no folder ./missing, nor a hub name"),
+        ("missing", "no folder missing, nor a hub name"),
+        ("Qwen/No-Such-Model", "no earlier download of that name"),
+        ("bad name/x", "the hub says"),
+    ],
+)
+def test_unknown_names_are_one_sentence(name, message, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=message) as caught:
+        find_folder(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_download_asks_for_weights_and_json_alone(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert find_folder("Qwen/Qwen2-VL-2B-Instruct") == tmp_path
+    assert asked == [(("Qwen/Qwen2-VL-2B-Instruct",), {"allow_patterns": ["*.safetensors", "*.json"]})]
+
+
+def test_offline_mode_finds_an_earlier_download(monkeypatch, tmp_path):
+    """The hub's cache layout: refs/main names a snapshot folder."""
+    import huggingface_hub.constants
+
+    repository = tmp_path / "models--someone--small"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots" / commit).mkdir(parents=True)
+    (repository / "snapshots" / commit / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_folder("someone/small") == repository / "snapshots" / commit
+
+
+def test_folders_that_are_no_checkpoints_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"is no checkpoint: it has no config.json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"config.json is not valid json"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json holds a list, expected an object"):
+        load_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is a file; expected a checkpoint folder"):
+        find_folder(tmp_path / "config.json")
+
+
+def test_attention_is_chosen_by_what_can_run(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert choose_attention("auto", cuda, torch.bfloat16) == "sdpa"
+    with pytest.raises(ValueError, match="flash-attn is not installed"):
+        choose_attention("flash", cuda, torch.bfloat16)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert choose_attention("auto", cuda, torch.bfloat16) == "flash"
+    assert choose_attention("auto", cpu, torch.bfloat16) == "sdpa"
+    assert choose_attention("plain", cuda, torch.bfloat16) == "plain"
+    with pytest.raises(ValueError, match="needs a CUDA device, this is cpu"):
+        choose_attention("flash", cpu, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"needs float16 or bfloat16, this is torch.float32"):
+        choose_attention("flash", cuda, torch.float32)
+
+
+def test_unusable_devices_are_one_sentence():
+    for name in ("cuda:99", "no-such-device"):
+        with pytest.raises(ValueError, match=f"the device {name} cannot be used"):
+            find_device(name)
+    assert find_device("cpu") == torch.device("cpu")
+
+
+def test_what_config_json_leaves_out_has_the_default_of_the_reference():
+    """transformers 4 writes only what differs from its defaults, so ours must be the same."""
+    from transformers import Qwen2VLConfig
+
+    theirs = Qwen2VLConfig().to_dict()
+    text, vision = theirs["text_config"], theirs["vision_config"]
+    assert asdict(VisionConfig()) == {name: vision[name] for name in asdict(VisionConfig())}
+    # The reference's own two defaults do not fit together: its decoder is the 72B's, its vision tower the 7B's.
+    ours = asdict(Config(vision_config=VisionConfig(hidden_size=8192)))
+    assert ours.pop("rope_theta") == text["rope_parameters"]["rope_theta"]
+    assert ours.pop("sliding_window") == 4096  # the reference has it too, and then clears it where it is not used
+    for name in ours.keys() - {"rope_scaling", "vision_config"}:
+        assert ours[name] == theirs.get(name, text.get(name)), name
