@@ -22,6 +22,12 @@ from PIL import Image, ImageOps
 
 from tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer, content_items, content_kind, read_json
 
+Grid = tuple[int, int, int]  # (gt, gh, gw)
+
+# What a preprocessor_config.json may hold beside the fields below, and what changes no pixel.
+INERT_FIELDS = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class"}
+INERT_FIELDS |= {"auto_map", "data_format", "input_data_format", "default_to_square", "disable_grouping"}
+
 
 @dataclass
 class ImageConfig:
@@ -69,17 +75,6 @@ class ImageConfig:
             if settings[field] is not False:
                 warnings.warn(f"the image settings in {folder} hold an unknown field: {field}", stacklevel=2)
         return cls(**{field: value for field, value in settings.items() if field in known})
-
-
-# What a preprocessor_config.json may also hold, and what changes no pixel.
-INERT_FIELDS = {
-    "image_processor_type",
-    "video_processor_type",
-    "feature_extractor_type",
-    "processor_class",
-    "auto_map",
-}
-INERT_FIELDS |= {"data_format", "input_data_format", "default_to_square", "disable_grouping", "return_tensors"}
 
 
 def smart_resize(
@@ -133,8 +128,9 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture at {path}") from None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # All of these come out of Pillow's decoders when a file is damaged, cut off or no picture at all.
-        raise ValueError(f"cannot read {path:.200} as a picture: {error}") from error
+        # Damaged, cut off, or no picture at all: Pillow's decoders answer with any of these.
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {path:.200} as a picture: {reason}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -183,7 +179,7 @@ def normalise(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
     return values
 
 
-def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
     """[F, H, W, 3] → patches [N, 3*tp*p*p], N = gt*gh*gw, and the grid (gt, gh, gw).
 
     The patches are not in reading order: the 2×2 that will become one token follow each other, token by token,
@@ -199,7 +195,7 @@ def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, tuple
     return patches.reshape(gt * gh * gw, 3 * tp * p * p), (gt, gh, gw)
 
 
-def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
+def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
     """The frames of one clip, or one picture in a list → float32 [N, 3*tp*p*p] and its grid (gt, gh, gw)."""
     resized = [resize(load_image(frame), config) for frame in frames]
     sizes = {frame.shape[:2] for frame in resized}
@@ -208,7 +204,7 @@ def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, 
     return patchify(normalise(np.stack(resized), config), config)
 
 
-def join(clips: Sequence[tuple[np.ndarray, tuple[int, int, int]]]) -> tuple[np.ndarray, np.ndarray]:
+def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarray]:
     """Lay the patches of several pictures or clips one after the other; the grids say how many are whose."""
     if not clips:
         raise ValueError("there is nothing to preprocess: the list is empty")
@@ -267,9 +263,9 @@ class Processor:
     def __call__(self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False) -> Batch:
         """One conversation (a list of messages) or a list of conversations → one Batch, a row each.
 
-        A picture stands in its content item under `image` or `image_url` (an address, or {"url": address}) and
-        is anything `load_image` takes. The item may carry its own `min_pixels` and `max_pixels`, or the size to
-        show the picture in, `resized_height` and `resized_width`, which are rounded to what the grid allows.
+        A picture stands in its content item under `image`, `image_url` (also as {"url": ...}), `url` or `path`
+        and is anything `load_image` takes. The item may carry its own `min_pixels` and `max_pixels`, or the size
+        to show the picture in, `resized_height` and `resized_width`, which are rounded to what the grid allows.
 
         Raises ValueError or FileNotFoundError for a malformed message, a picture that cannot be read, and a text
         that contains `<|image_pad|>` or `<|video_pad|>` itself.
@@ -294,10 +290,8 @@ class Processor:
 
         # Padded on the left: every row's last token stands in the last column, where generation goes on.
         longest = max(len(ids) for ids in rows)
-        batch = Batch(
-            np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64),
-            np.zeros((len(rows), longest), dtype=np.int64),
-        )
+        padded = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # [B, S]
+        batch = Batch(input_ids=padded, attention_mask=np.zeros_like(padded))
         for row, ids in enumerate(rows):
             batch.input_ids[row, longest - len(ids) :] = ids
             batch.attention_mask[row, longest - len(ids) :] = 1
@@ -307,12 +301,13 @@ class Processor:
             batch.pixel_values_videos, batch.video_grid_thw = join(videos)
         return batch
 
-    def _image(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _image(self, item: dict) -> tuple[np.ndarray, Grid]:
         """Patches and grid of an image item. Its own settings mean what they mean to qwen-vl-utils 0.0.14."""
-        source = item["image"] if item.get("image") is not None else item.get("image_url")
+        keys = ("image", "image_url", "url", "path")
+        source = next((item[key] for key in keys if item.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if source is None:
-            raise ValueError(f"an image item names no picture under image or image_url: {item!r:.80}")
+            raise ValueError(f"an image item names no picture under any of {', '.join(keys)}: {item!r:.80}")
         image = load_image(source)
         own = {name: int(item[name]) for name in ("min_pixels", "max_pixels") if item.get(name) is not None}
         config = replace(self.image_config, **own)
@@ -322,19 +317,21 @@ class Processor:
             image = to_rgb(image).resize((width, height), resample=config.resample)
         return preprocess_clip([image], config)
 
-    def _video(self, item: dict) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _video(self, item: dict) -> tuple[np.ndarray, Grid]:
         """Patches and grid of a video item."""
         source = item.get("video")
         if not isinstance(source, list | tuple | np.ndarray):
             raise ValueError(f"a video must be given as a list of frames for now, not as {type(source).__name__}")
         return preprocess_clip(source, self.image_config)
 
-    def _expand(self, ids: list[int], pad: str, grids: list[tuple[int, int, int]]) -> list[int]:
+    def _expand(self, ids: list[int], pad: str, grids: list[Grid]) -> list[int]:
         """Repeat the n-th placeholder once for each token of the n-th picture: one per merged block of patches."""
         pad_id = self.tokenizer.token_id(pad)
         if ids.count(pad_id) != len(grids):
             found = f"{ids.count(pad_id)} times {pad} for {len(grids)} of its kind"
             raise ValueError(f"the prompt holds {found}; does the text contain that token?")
-        merged = self.image_config.merge_size**2
-        counts = iter([math.prod(grid) // merged for grid in grids])
-        return [copy for id in ids for copy in [id] * (next(counts) if id == pad_id else 1)]
+        counts = iter([math.prod(grid) // self.image_config.merge_size**2 for grid in grids])
+        expanded = []
+        for id in ids:
+            expanded += [id] * (next(counts) if id == pad_id else 1)
+        return expanded

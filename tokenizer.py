@@ -61,7 +61,7 @@ def content_items(message: dict, number: int) -> list[dict]:
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be a dict with role and content, not {type(message).__name__}")
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"message {number} needs a role, but has only {sorted(message)}")
+        raise ValueError(f"message {number} needs a role, but has only {list(message)}")
     content = message.get("content")
     if isinstance(content, str):
         return [{"text": content}]
