@@ -27,9 +27,8 @@ from tokenizer import StreamDecoder
 
 TINY = Path(__file__).parent / "tiny" / "checkpoint"
 
+
 # --------------------------------------------------------------------------------------------------- sampling
-
-
 @dataclass
 class Sampling:
     """How the next token is chosen: the fields of generation_config.json, neutral by default."""
@@ -95,8 +94,6 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: 
 
 
 # ------------------------------------------------------------------------------------------------- generation
-
-
 @torch.inference_mode()
 def stream(
     model: Qwen2VL, batch: Batch, max_new_tokens: int = 128, sampling: Sampling | None = None
@@ -153,8 +150,6 @@ def generate(
 
 
 # ----------------------------------------------------------------------------------------------- command line
-
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Answers a question about pictures with Qwen2-VL. The answer goes to stdout, all else to stderr."
@@ -167,28 +162,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="(default: the checkpoint's)")
     add("--attention", choices=("auto", "plain", "sdpa", "flash"), default="auto", help="(default: auto)")
-    add("--max-new-tokens", type=whole_number, default=128, metavar="N", help="(default: 128)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     group = parser.add_argument_group("sampling", "what is not given comes from the model's generation_config.json")
     group.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token")
     group.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable tokens; 0: all")
     group.add_argument("--top-p", type=float, metavar="P", help="draw among the most probable that sum to P; 1: all")
     group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: avoid what was said; 1: off")
     group.add_argument("--seed", type=int, help="make sampled answers repeatable")
-    add("--min-pixels", type=whole_number, metavar="N", help="enlarge smaller pictures to at least this area")
-    add("--max-pixels", type=whole_number, metavar="N", help="shrink larger pictures to at most this area")
+    add("--min-pixels", type=int, metavar="N", help="enlarge smaller pictures to at least this area")
+    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures to at most this area")
     add("--add-vision-id", action="store_true", help='number the pictures for the model ("Picture 1: ")')
     add("--quiet", action="store_true", help="print nothing but the answer and errors")
     arguments = parser.parse_args(argv)
     if arguments.prompt is None and not arguments.image:
         parser.error("give --image, --prompt, or both")
+    for name in ("max_new_tokens", "min_pixels", "max_pixels"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
     return arguments
-
-
-def whole_number(text: str) -> int:
-    """A command-line number of at least 1; argparse turns the ValueError into its usual message."""
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return number
 
 
 def choose_sampling(arguments: argparse.Namespace, model: Qwen2VL, say: Callable[[str], None]) -> Sampling:
@@ -201,7 +192,8 @@ def choose_sampling(arguments: argparse.Namespace, model: Qwen2VL, say: Callable
         given["do_sample"] = True
     sampling = replace(Sampling.of_model(model), **given)
     if sampling.do_sample:
-        say(f"sampling: {', '.join(f'{name} {getattr(sampling, name)}' for name in names)}")
+        values = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+        say("sampling: " + ", ".join(f"{name} {value}" for name, value in values.items()))
         if sampling.top_k == 1 and given.keys() & {"temperature", "top_p", "seed"}:
             say("note: top_k is 1 in the model's generation_config.json, which leaves one choice; add --top-k 0")
     return sampling
@@ -211,8 +203,10 @@ def peak_memory(device: torch.device) -> str:
     """The most memory this process has held: on the GPU where it runs there, else in RAM."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {device}"
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "unknown"
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
 

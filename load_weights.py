@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -19,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from qwen2vl import Config, Qwen2VL, VisionConfig
-
-# ------------------------------------------------------------------------------------------- finding the files
+from tokenizer import read_json
 
 
 def find_folder(name_or_folder: str | Path) -> Path:
@@ -44,41 +45,31 @@ def find_folder(name_or_folder: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.safetensors", "*.json"]))
     except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"no folder {name_or_folder}, and the hub cannot be reached (or HF_HUB_OFFLINE is set) "
-            "while no earlier download of that name is in HF_HOME"
-        ) from error
+        reason = (
+            "the hub cannot be reached (or HF_HUB_OFFLINE is set) and HF_HOME has no earlier download of that name"
+        )
+        raise FileNotFoundError(f"no folder {name_or_folder}, and {reason}") from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"no folder {name_or_folder}, and the hub says: {str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def read_json(path: Path) -> dict:
-    """The object in a json file. Raises FileNotFoundError or ValueError that name it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no checkpoint: it has no {path.name}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # bad json or bad UTF-8
-        raise ValueError(f"{path} is not valid json: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"no folder {name_or_folder}, and the hub says: {reason}") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or the shards that its index names."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index)["weight_map"].values()))
+    names, index = ["model.safetensors"], "model.safetensors.index.json"
+    if (folder / index).is_file():
+        names = sorted(set(read_json(folder, index)["weight_map"].values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     return [folder / name for name in names]
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# What config.json may hold beside the fields of our two classes: read under another name, or without effect here.
+OTHER_FIELDS = {
+    "text_config", "rope_parameters", "layer_types", "in_chans", "architectures", "auto_map", "dtype", "torch_dtype",
+    "_name_or_path", "initializer_range", "model_type", "spatial_patch_size", "transformers_version", "use_cache",
+    "vision_token_id",
+}  # fmt: skip
 
 
 def load_config(folder: str | Path) -> Config:
@@ -87,23 +78,34 @@ def load_config(folder: str | Path) -> Config:
     Flat (the hub): the decoder's fields stand at the top level. Flat with a `text_config` beside them (transformers
     4.57): some of them stand twice, and the flag for tied embeddings only inside. Nested (5.x): the decoder's
     fields only in `text_config`, rope in `rope_parameters`, the flag at the top level.
-    Raises FileNotFoundError or ValueError that name the file.
+    Warns of each field that is not known. Raises FileNotFoundError or ValueError that name the file.
     """
     path = Path(folder) / "config.json"
-    top = read_json(path)
+    top = read_json(folder, path.name)
     if top.get("model_type") != "qwen2_vl":
         raise ValueError(f"{path}: model_type is {top.get('model_type')!r}, expected 'qwen2_vl'")
     text, vision = top.get("text_config") or {}, dict(top.get("vision_config") or {})
     merged = dict(text)
     merged.update((name, value) for name, value in top.items() if value is not None)
-    rope = dict(merged.get("rope_parameters") or merged.get("rope_scaling") or {})
+    rope = {"mrope_section": [16, 24, 24]}  # where the file has none, as in the reference
+    rope |= merged.get("rope_scaling") or merged.get("rope_parameters") or {}
     merged["rope_theta"] = rope.pop("rope_theta", merged.get("rope_theta", Config.rope_theta))
     merged["rope_scaling"] = rope
     merged["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (top, text))
     vision.setdefault("in_channels", vision.get("in_chans", VisionConfig.in_channels))  # the hub has the older name
+    parts = ((Config, top, ""), (Config, text, "text_config."), (VisionConfig, vision, "vision_config."))
+    for cls, part, at in parts:
+        for name in sorted(part.keys() - OTHER_FIELDS - {f.name for f in fields(cls)}):
+            warnings.warn(f"{path} holds an unknown field: {at}{name}", stacklevel=2)
     try:
         merged["vision_config"] = VisionConfig(**pick(VisionConfig, vision))
-        return Config(**pick(Config, merged))
+        config = Config(**pick(Config, merged))
+        kinds = ["full" if config.window(i) is None else "sliding" for i in range(config.num_hidden_layers)]
+        if (types := merged.get("layer_types")) and types != [f"{kind}_attention" for kind in kinds]:
+            raise ValueError(f"layer_types is {types}, use_sliding_window and max_window_layers make it {kinds}")
+        if (theta := (vision.get("rope_parameters") or {}).get("rope_theta", 10000)) != 10000:
+            raise ValueError(f"vision_config's rope_theta is {theta}, supported is 10000")
+        return config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -118,14 +120,8 @@ def parameter_name(name: str) -> str:
 
     transformers 5.x nests both halves under `model.`, and a save of its bare model has them at the top.
     """
-    for theirs, ours in (
-        ("model.visual.", "visual."),
-        ("model.language_model.", "model."),
-        ("language_model.", "model."),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+    name = re.sub(r"^model\.(?=visual\.|language_model\.)", "", name)
+    return re.sub(r"^language_model\.", "model.", name)
 
 
 def load_model(
@@ -164,7 +160,7 @@ def load_model(
     model.tie_weights()  # assigning has made two parameters of the one tensor
     model.visual.attention = model.model.attention = choose_attention(attention, device, state[table].dtype)
     if (folder / "generation_config.json").is_file():
-        model.generation_config = read_json(folder / "generation_config.json")
+        model.generation_config = read_json(folder, "generation_config.json")
     return model.eval()
 
 
@@ -211,9 +207,6 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     if wanted == "flash" and obstacle:
         raise ValueError(f"attention 'flash' cannot be used: {obstacle}")
     return wanted if wanted != "auto" else "sdpa" if obstacle else "flash"
-
-
-# ---------------------------------------------------------------------------------------------------- writing
 
 
 def save_model(model: Qwen2VL, folder: str | Path) -> None:

@@ -267,8 +267,8 @@ class Processor:
         and is anything `load_image` takes. The item may carry its own `min_pixels` and `max_pixels`, or the size
         to show the picture in, `resized_height` and `resized_width`, which are rounded to what the grid allows.
 
-        Raises ValueError or FileNotFoundError for a malformed message, a picture that cannot be read, and a text
-        that contains `<|image_pad|>` or `<|video_pad|>` itself.
+        What a message says is text, also where it spells a control token (`Tokenizer.encode_chat`). Raises ValueError
+        or FileNotFoundError for a malformed message and for a picture that cannot be read.
         """
         if not isinstance(conversations, list | tuple) or not conversations:
             raise ValueError("expected a conversation, which is a list of messages, or a list of conversations")
@@ -277,11 +277,10 @@ class Processor:
 
         rows, images, videos = [], [], []
         for messages in conversations:
-            prompt = self.tokenizer.apply_chat_template(messages, add_generation_prompt, add_vision_id)
             items = [item for n, message in enumerate(messages) for item in content_items(message, n)]
             row_images = [self._image(item) for item in items if content_kind(item) == "image"]
             row_videos = [self._video(item) for item in items if content_kind(item) == "video"]
-            ids = self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode_chat(messages, add_generation_prompt, add_vision_id)
             ids = self._expand(ids, IMAGE_PAD, [grid for _, grid in row_images])
             ids = self._expand(ids, VIDEO_PAD, [grid for _, grid in row_videos])
             rows.append(ids)
@@ -327,10 +326,7 @@ class Processor:
     def _expand(self, ids: list[int], pad: str, grids: list[Grid]) -> list[int]:
         """Repeat the n-th placeholder once for each token of the n-th picture: one per merged block of patches."""
         pad_id = self.tokenizer.token_id(pad)
-        if ids.count(pad_id) != len(grids):
-            found = f"{ids.count(pad_id)} times {pad} for {len(grids)} of its kind"
-            raise ValueError(f"the prompt holds {found}; does the text contain that token?")
-        counts = iter([math.prod(grid) // self.image_config.merge_size**2 for grid in grids])
+        counts = (math.prod(grid) // self.image_config.merge_size**2 for grid in grids)
         expanded = []
         for id in ids:
             expanded += [id] * (next(counts) if id == pad_id else 1)

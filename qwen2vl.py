@@ -15,21 +15,26 @@ Shapes: B batch, S new tokens, K all tokens so far (cached + new), C width of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 # ---------------------------------------------------------------------------------------------- configuration
-
-
 def quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid approximation of GELU that CLIP-like vision towers were trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"silu": F.silu, "quick_gelu": quick_gelu, "gelu": F.gelu}
+# By the names that transformers 5.23.0 has for them in `activations.py`.
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu, "quick_gelu": quick_gelu}
+ACTIVATIONS |= {n: getattr(F, n) for n in ("relu", "relu6", "leaky_relu", "hardswish", "mish", "tanh", "sigmoid")}
+for same in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"):
+    ACTIVATIONS[same] = partial(F.gelu, approximate="tanh")
 
 
 @dataclass
@@ -67,9 +72,9 @@ class Config:
     rope_theta: float = 1e6
     rope_scaling: dict = field(default_factory=lambda: {"type": "mrope", "mrope_section": [16, 24, 24]})
     use_sliding_window: bool = False
-    sliding_window: int | None = 4096
-    max_window_layers: int = 80
-    attention_dropout: float = 0.0
+    sliding_window: int | None = 4096  # how many tokens a token sees, itself included
+    max_window_layers: int = 80  # the layers from this one on have the window, if it is used
+    attention_dropout: float = 0.0  # of the decoder's attention, in training only
     tie_word_embeddings: bool = False  # true: the output head is the embedding table
     image_token_id: int = 151655  # <|image_pad|>: the place of one image token
     video_token_id: int = 151656  # <|video_pad|>
@@ -84,27 +89,37 @@ class Config:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def rope_type(self) -> str:
+        """Beside "default", which the published files call "mrope", those of `extras/rope_types.py`."""
+        name = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
+        return "default" if name == "mrope" else name
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a token sees in this layer, itself included; None: all. Source: arXiv 2004.05150 §3.1."""
+        return self.sliding_window if self.use_sliding_window and layer >= self.max_window_layers else None
+
     def __post_init__(self):
         """Raises ValueError for what this file does not compute, or what does not fit together."""
         heads, shared, vision = self.num_attention_heads, self.num_key_value_heads, self.vision_config
         section, half = self.rope_scaling.get("mrope_section", []), self.head_dim // 2
-        rope = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
         acts, split = {self.hidden_act, vision.hidden_act}, (vision.embed_dim, vision.num_heads)
+        window = self.window(self.max_window_layers)
         for fine, problem in (
-            (acts <= set(ACTIVATIONS), f"hidden_act is one of {acts}, supported are {set(ACTIVATIONS)}"),
-            (rope in ("default", "mrope"), f"rope type is {rope!r}, supported are 'default' and 'mrope'"),
-            (not self.use_sliding_window, "use_sliding_window is true, which is not supported"),
+            (acts <= set(ACTIVATIONS), f"hidden_act is one of {acts}, supported are {', '.join(ACTIVATIONS)}"),
+            (window is None or window > 0, f"sliding_window is {window}, expected at least 1"),
             (self.hidden_size % heads == 0, f"{heads} heads do not divide hidden_size {self.hidden_size}"),
             (heads % shared == 0, f"num_key_value_heads {shared} does not divide num_attention_heads {heads}"),
             (sum(section) == half, f"mrope_section {section} does not sum to half the head width, {half}"),
             (split[0] % (4 * split[1]) == 0, "vision embed_dim {} is no multiple of 4 · {} heads".format(*split)),
-            (
-                vision.hidden_size == self.hidden_size,
-                f"vision hands {vision.hidden_size} to hidden_size {self.hidden_size}",
-            ),
+            (vision.hidden_size == self.hidden_size, f"vision hidden_size {vision.hidden_size} is not the decoder's"),
         ):
             if not fine:
                 raise ValueError(f"configuration: {problem}")
+        if self.rope_type != "default":
+            from extras import rope_types  # only where the configuration asks for it
+
+            rope_types.check(self)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -113,8 +128,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------- attention
-
-
 @dataclass
 class AttentionPlan:
     """Who may look at whom: worked out once per forward pass, shared by all layers.
@@ -127,6 +140,7 @@ class AttentionPlan:
     mask: Tensor | None = None  # bool [B, 1, S, K], True = visible: where `causal` alone does not say it
     slices: list[int] | None = None  # [N] is cut into pieces of these lengths that do not see each other
     packed: dict | None = None  # the same in flash-attn's terms, made only for that way
+    dropout: float = 0.0  # the share of looks that is left out, by chance
 
 
 def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionPlan:
@@ -138,31 +152,39 @@ def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionP
     return AttentionPlan(way, packed=packed | {"max_seqlen_q": max(slices), "max_seqlen_k": max(slices)})
 
 
-def plan_decoder(x: Tensor, cached: int, attention_mask: Tensor | None, way: str) -> AttentionPlan:
-    """A token of x [B, S, C] sees itself, the new ones before it and all cached ones, but no padding."""
-    rows, new, device = x.shape[0], x.shape[1], x.device
-    total = cached + new
+def plan_decoder(
+    x: Tensor, cached: int, attention_mask: Tensor | None, way: str, window: int | None = None, dropout: float = 0.0
+) -> AttentionPlan:
+    """A token of x [B, S, C] sees itself and those before it, cached and new, at most `window`, but no padding."""
+    rows, new, total, device = x.shape[0], x.shape[1], cached + x.shape[1], x.device
+    window = None if window is None or window >= total else window  # where it leaves nothing out, there is none
     if attention_mask is not None and attention_mask.all():  # nothing is padded: the quick ways are open
         attention_mask = None
     if way == "flash" and new > 1:
         real = torch.ones(rows, total, device=device) if attention_mask is None else attention_mask
-        packed = {"causal": True}  # which aligns the last query with the last key, whatever their numbers
+        # "causal" aligns the last query with the last key; a window of -1 tokens before each one means all of them.
+        packed = {"causal": True, "window_size": (-1 if window is None else window - 1, 0), "dropout_p": dropout}
         for name, part in (("q", real[:, cached:]), ("k", real)):
             lengths = part.sum(1).int()
             packed[f"cu_seqlens_{name}"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
             packed[f"max_seqlen_{name}"] = int(lengths.max())
-            packed[f"real_{name}"] = part.flatten().nonzero()[:, 0]  # the places of what is not padding
+            if attention_mask is not None:
+                packed[f"real_{name}"] = part.flatten().nonzero()[:, 0]  # where in a row of [B·S] no padding is
         return AttentionPlan(way, packed=packed)
     if way == "flash":  # one new token only reads the cache: nothing to gain, and packing would copy it all
         way = "sdpa"
-    if attention_mask is None and (cached == 0 or new == 1):
-        return AttentionPlan(way, causal=new > 1)
+    # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
+    if attention_mask is None and window is None and (cached == 0 or new == 1):
+        return AttentionPlan(way, causal=new > 1, dropout=dropout)
     query, key = torch.arange(cached, total, device=device)[:, None], torch.arange(total, device=device)
     mask = (key <= query).expand(rows, 1, new, total)
+    if window is not None:  # padding does not count: in a chat it stands between the turns, too
+        place = key[None] if attention_mask is None else attention_mask.cumsum(1)  # [B, K]
+        mask = mask & (place[:, None, cached:, None] - place[:, None, None] < window)
     if attention_mask is not None:
         # Padding sees itself, or its softmax would be 0/0 and the NaN would spread through the values.
         mask = mask & attention_mask[:, None, None].bool() | (key == query)
-    return AttentionPlan(way, mask=mask)
+    return AttentionPlan(way, mask=mask, dropout=dropout)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
@@ -182,14 +204,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         parts = zip(*(x.split(plan.slices, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([attention(*part, one) for part in parts], dim=2)
     if plan.way == "sdpa":
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=gqa)
+        more = {"dropout_p": plan.dropout, "enable_gqa": q.shape[1] != k.shape[1]}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, is_causal=plan.causal, **more)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, K, D]
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
     mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if plan.causal else plan.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return at_least_float32(scores).softmax(-1).to(q.dtype) @ v
+    return F.dropout(at_least_float32(scores).softmax(-1).to(q.dtype), plan.dropout) @ v
 
 
 def flash_attention(
@@ -208,8 +230,6 @@ def flash_attention(
 
 
 # ----------------------------------------------------------------------------------- rotary position embedding
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + D/2]) by its angle. x [..., D]; cos and sin broadcast to it.
 
@@ -256,18 +276,20 @@ def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tup
     section = config.rope_scaling["mrope_section"]
     axis = [i % 3 for i, count in enumerate(section) for _ in range(count)]  # [D / 2], which row drives it
     positions = position_ids[axis].permute(1, 2, 0)  # [B, S, D / 2]
-    angles = positions * inverse_frequencies(config.head_dim, config.rope_theta, like)
-    angles = angles.repeat(1, 1, 2)[:, None]  # [B, 1, S, D]
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    inverse, scale = inverse_frequencies(config.head_dim, config.rope_theta, like), None
+    if config.rope_type != "default":
+        from extras import rope_types
+
+        inverse, scale = rope_types.stretch(config, inverse, position_ids)
+    angles = (positions * inverse).repeat(1, 1, 2)[:, None]  # [B, 1, S, D]
+    cos, sin = (x if scale is None else x * scale for x in (angles.cos(), angles.sin()))
+    return cos.to(like.dtype), sin.to(like.dtype)
 
 
 def get_rope_index(
-    config: Config,
-    input_ids: Tensor,
-    image_grid_thw: Tensor | None = None,
-    video_grid_thw: Tensor | None = None,
+    config: Config, input_ids: Tensor, image_grid_thw: Tensor | None = None, video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The three positions of each token, and what to add to a row's length to get its next position.
 
     input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [pictures or clips, 3] in patches, in reading order
@@ -280,46 +302,48 @@ def get_rope_index(
     Raises ValueError if the placeholders in input_ids do not fit the grids.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    position_ids = ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)  # right already where there are only words
+    position_ids = ((mask.cumsum(1) - 1) * mask).repeat(3, 1, 1)  # right already where there are only words
     if image_grid_thw is not None or video_grid_thw is not None:
-        merge, position_ids = config.vision_config.spatial_merge_size, position_ids.clone()
         grids = {
             config.image_token_id: iter([] if image_grid_thw is None else image_grid_thw.tolist()),
             config.video_token_id: iter([] if video_grid_thw is None else video_grid_thw.tolist()),
         }
-        for row, row_mask in enumerate(mask.bool()):
-            ids, start, p, parts = input_ids[row, row_mask].tolist(), 0, 0, []
-            while start < len(ids):
-                if ids[start] in grids:
-                    grid = next(grids[ids[start]], None)
-                    if grid is None:
-                        raise ValueError(f"row {row}: more placeholder runs (id {ids[start]}) than grids for them")
-                    t, h, w = grid[0], grid[1] // merge, grid[2] // merge
-                    end = start + t * h * w
-                    if ids[start:end] != [ids[start]] * (t * h * w):
-                        raise ValueError(
-                            f"row {row}: grid {grid} needs {t * h * w} placeholders (id {ids[start]}) from token "
-                            f"{start} on, found {ids[start:end].count(ids[start])}"
-                        )
-                    parts.append(p + torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T)
-                    p += max(t, h, w)
-                else:
-                    end = next((i for i in range(start, len(ids)) if ids[i] in grids), len(ids))
-                    parts.append(p + torch.arange(end - start).expand(3, -1))
-                    p += end - start
-                start = end
-            if parts:
-                position_ids[:, row, row_mask] = torch.cat(parts, dim=1).to(input_ids.device)
+        for row, real in enumerate(mask.bool()):
+            positions = row_positions(input_ids[row, real].tolist(), grids, config.vision_config.spatial_merge_size)
+            position_ids[:, row, real] = positions.to(input_ids.device)
         for token_id, rest in grids.items():
             if left := len(list(rest)):
                 raise ValueError(f"{left} grids have no placeholders (id {token_id}) in input_ids")
-    rope_deltas = position_ids.amax((0, 2))[:, None] + 1 - mask.sum(1, keepdim=True)
+    largest = position_ids.masked_fill(mask == 0, -1).amax((0, 2))[:, None]  # [B, 1]
+    rope_deltas = largest + 1 - mask.sum(1, keepdim=True)
     return position_ids, rope_deltas
 
 
+def row_positions(ids: list[int], grids: dict[int, Iterator[list[int]]], merge: int) -> Tensor:
+    """The positions [3, S] of one row without padding; takes the next grid of a kind for each of its pictures."""
+    start, p, parts = 0, 0, [torch.zeros(3, 0, dtype=torch.long)]  # a row may be empty: one that has ended, say
+    while start < len(ids):
+        token = ids[start]
+        if token in grids:
+            grid = next(grids[token], None)
+            t, h, w = (grid[0], grid[1] // merge, grid[2] // merge) if grid else (0, 0, 0)
+            end, step = start + t * h * w, max(t, h, w)
+            if end == start or ids[start:end] != [token] * (end - start):
+                raise ValueError(
+                    f"the placeholders (id {token}) from token {start} on do not fit their grid: "
+                    f"{'there is none left' if grid is None else f'{grid} makes {end - start} tokens'}"
+                )
+            block = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T  # [3, T·H·W]
+        else:
+            end = next((i for i in range(start, len(ids)) if ids[i] in grids), len(ids))
+            step = end - start
+            block = torch.arange(step).expand(3, -1)
+        parts.append(p + block)
+        start, p = end, p + step
+    return torch.cat(parts, dim=1)
+
+
 # ----------------------------------------------------------------------------------------- vision transformer
-
-
 class PatchEmbed(nn.Module):
     """One patch → one vector."""
 
@@ -420,12 +444,11 @@ class VisionTransformer(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------- decoder
-
-
 class KVCache:
     """Keys and values of all tokens so far, in memory that is allocated once, and where each row goes on."""
 
-    def __init__(self, config: Config, rows: int, max_length: int, device=None, dtype=None):
+    def __init__(self, config: Config, rows: int, max_length: int,
+                 device: torch.device | None = None, dtype: torch.dtype | None = None):  # fmt: skip
         shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length, config.head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
@@ -494,6 +517,7 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
+        self.window = config.window(layer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -512,6 +536,7 @@ class Decoder(nn.Module):
         self.config, self.attention = config, attention
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.windows = {layer.window for layer in self.layers}  # {None} in the published models
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -525,17 +550,16 @@ class Decoder(nn.Module):
         if attention_mask is not None and attention_mask.shape != (rows, total):
             raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}")
         cos, sin = multimodal_rotary(self.config, position_ids, like=x)
-        plan = plan_decoder(x, total - new, attention_mask, self.attention)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        plans = {w: plan_decoder(x, total - new, attention_mask, self.attention, w, dropout) for w in self.windows}
         for layer in self.layers:
-            x = layer(x, cos, sin, plan, cache)
+            x = layer(x, cos, sin, plans[layer.window], cache)
         if cache is not None:
             cache.length = total
         return self.norm(x)
 
 
 # -------------------------------------------------------------------------------------------------- the model
-
-
 class Qwen2VL(nn.Module):
     """The whole: pictures become tokens, stand in the text where their placeholders stood, and are read with it."""
 
@@ -560,24 +584,15 @@ class Qwen2VL(nn.Module):
         """x [B, S, C] with the tokens of pictures or clips in the place of their placeholders, in reading order."""
         features = self.visual(pixels, grid_thw)  # [T, C]
         places = input_ids == token_id  # [B, S]
-        if places.sum() != len(features):
-            raise ValueError(
-                f"input_ids has {int(places.sum())} placeholders (id {token_id}), grid_thw {len(features)}"
-            )
+        if (count := int(places.sum())) != len(features):
+            raise ValueError(f"input_ids has {count} placeholders (id {token_id}), grid_thw {len(features)}")
         return x.masked_scatter(places[..., None], features)
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        logits_to_keep: int = 0,
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        cache: KVCache | None = None, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None, video_grid_thw: Tensor | None = None, logits_to_keep: int = 0,
+    ) -> Tensor:  # fmt: skip
         """Logits [B, S, V] of the token after each of input_ids [B, S].
 
         attention_mask [B, K]: 1 real, 0 padding (on the left), over cached and new tokens; None: all are real.

@@ -8,8 +8,9 @@ and done by the `tokenizers` library. This file adds the chat format around the 
 """
 
 import codecs
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
@@ -142,24 +143,53 @@ class Tokenizer:
         Raises ValueError for a malformed message. (The template itself passes over what it does not know, so that
         a mistyped key would lose a picture without a word.)
         """
-        prompt = ""
+        pieces = self._chat_pieces(messages, add_generation_prompt, add_vision_id)
+        return "".join(text for _, text in pieces)
+
+    def encode_chat(
+        self, messages: list[dict], add_generation_prompt: bool = True, add_vision_id: bool = False
+    ) -> list[int]:
+        """Messages → ids, the same as those of the prompt text, but only the template writes control tokens.
+
+        In `encode` a user who types `<|im_end|>` ends the turn and can put words into anyone's mouth. Here what a
+        message contains is text and stays text.
+        """
+        pieces, ids = self._chat_pieces(messages, add_generation_prompt, add_vision_id), []
+        # Neighbouring texts are encoded as one: a token may span the border, as in "user\n" + "\nHello".
+        for is_control, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
+            if is_control:
+                ids += [self.token_id(name) for _, name in run]
+                continue
+            self.backend.encode_special_tokens = True  # their names are cut into ordinary tokens
+            try:
+                ids += self.encode("".join(text for _, text in run))
+            finally:
+                self.backend.encode_special_tokens = False
+        return ids
+
+    def _chat_pieces(
+        self, messages: list[dict], add_generation_prompt: bool, add_vision_id: bool
+    ) -> Iterator[tuple[bool, str]]:
+        """The prompt in pieces, each with whether it is a control token of the template's."""
         seen = {"image": 0, "video": 0}
         for number, message in enumerate(messages):
             items = content_items(message, number)
             if number == 0 and message["role"] != "system":
-                prompt += f"{IM_START}system\n{DEFAULT_SYSTEM}{IM_END}\n"
-            prompt += f"{IM_START}{message['role']}\n"
+                yield from ((True, IM_START), (False, f"system\n{DEFAULT_SYSTEM}"), (True, IM_END), (False, "\n"))
+            yield from ((True, IM_START), (False, f"{message['role']}\n"))
             for item in items:
                 kind = content_kind(item)
                 if kind == "text":
-                    prompt += item["text"]
+                    yield False, item["text"]
                     continue
                 seen[kind] += 1
                 label, pad = ("Picture", IMAGE_PAD) if kind == "image" else ("Video", VIDEO_PAD)
-                prompt += f"{label} {seen[kind]}: " if add_vision_id else ""
-                prompt += f"{VISION_START}{pad}{VISION_END}"
-            prompt += f"{IM_END}\n"
-        return prompt + (f"{IM_START}assistant\n" if add_generation_prompt else "")
+                if add_vision_id:
+                    yield False, f"{label} {seen[kind]}: "
+                yield from ((True, VISION_START), (True, pad), (True, VISION_END))
+            yield from ((True, IM_END), (False, "\n"))
+        if add_generation_prompt:
+            yield from ((True, IM_START), (False, "assistant\n"))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -75,6 +75,7 @@ SHAPES = {
     "deep": small_config(layers=5, depth=4, tied=True),
     "shallow": small_config(layers=1, depth=1, vision_heads=4, vision_width=8),
     "lopsided sections": small_config(sections=(6, 1, 1), vision_heads=3, vision_width=12),
+    "six sections": small_config(sections=(2, 1, 1, 1, 2, 1), layers=1, depth=1),
     "other eps and theta": small_config(rms_norm_eps=1e-5, rope_theta=10000.0),
     "other patches": small_config(patch_size=6, temporal_patch_size=3, spatial_merge_size=3),
 }

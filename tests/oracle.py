@@ -108,7 +108,7 @@ def vision(config, w, pixels, grid_thw, states):
     same_slice = slices[:, None] == slices[None, :]
 
     h = pixels @ w["visual.patch_embed.proj.weight"].reshape(embed_dim, -1).T  # [N, E]
-    states["patch_embed"] = h
+    states["patch embedding"] = h
     for i in range(read(c, "depth")):
         block = f"visual.blocks.{i}."
         q, k, v = np.split(linear(w, block + "attn.qkv", layer_norm(w, block + "norm1", h)), 3, axis=-1)
@@ -116,7 +116,7 @@ def vision(config, w, pixels, grid_thw, states):
         h = h + linear(w, block + "attn.proj", attend(q, k, split_heads(v, heads), same_slice))
         inner = quick_gelu(linear(w, block + "mlp.fc1", layer_norm(w, block + "norm2", h)))
         h = h + linear(w, block + "mlp.fc2", inner)
-        states[f"vision block {i}"] = h
+        states[f"block {i}"] = h
     blocks = layer_norm(w, "visual.merger.ln_q", h).reshape(-1, merge * merge * embed_dim)  # [T, 4E]
     return linear(w, "visual.merger.mlp.2", gelu(linear(w, "visual.merger.mlp.0", blocks)))
 
@@ -180,7 +180,7 @@ def decoder(config, w, embeddings, positions, states):
         inner = silu(linear(w, layer + "mlp.gate_proj", x, bias=False))
         inner = inner * linear(w, layer + "mlp.up_proj", x, bias=False)
         h = h + linear(w, layer + "mlp.down_proj", inner, bias=False)
-        states[f"decoder layer {i}"] = h
+        states[f"layer {i}"] = h
     states["final norm"] = h = rms_norm(w, "model.norm", h, eps)
     tied = read(config, "tie_word_embeddings")
     return h @ w["model.embed_tokens.weight" if tied else "lm_head.weight"].T
@@ -193,7 +193,8 @@ def run(config, w, ids, pixel_values=None, image_grid_thw=(), pixel_values_video
     """One sequence of token ids [S], with its pictures and clips, through the whole model.
 
     Gives a dict: "logits" [S, V], "positions" [3, S], "rope_delta", "vision" (features [T, C] of the images)
-    and "video" (of the clips), each None where there is none, and "states", the activations after every part.
+    and "video" (of the clips), each None where there is none, and "states": the activations after every part,
+    those of the vision tower under "vision" and "video".
     """
     ids, states = np.asarray(ids), {}
     h = w["model.embed_tokens.weight"][ids]
@@ -203,7 +204,8 @@ def run(config, w, ids, pixel_values=None, image_grid_thw=(), pixel_values_video
         ("video", read(config, "video_token_id"), pixel_values_videos, video_grid_thw),
     ):
         if pixels is not None:
-            features[kind] = vision(config, w, np.asarray(pixels, np.float64), grid, states)
+            states[kind] = {}
+            features[kind] = vision(config, w, np.asarray(pixels, np.float64), grid, states[kind])
             h[ids == token] = features[kind]  # the placeholders, in reading order
     positions, delta = rope_positions(config, ids.tolist(), image_grid_thw, video_grid_thw)
     logits = decoder(config, w, h, positions, states)

@@ -386,3 +386,44 @@ def test_control_tokens_named_by_the_config(qwen_tokenizer_folder, tmp_path):
     config.write_text('{"pad_token": "<|pad|>", "eos_token": "<|endoftext|>"}')
     with pytest.raises(ValueError, match=r"no token <\|pad\|>"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+# --- text is text ---
+
+loose_texts = st.lists(
+    st.sampled_from([*CONTROL_TOKENS, "\n", " ", "e", "\u0301", "word", "'s", "1", "<|", "|>"])
+).map("".join)
+
+
+@given(texts=st.lists(loose_texts | st.text(), min_size=1, max_size=4))
+def test_only_the_template_writes_control_tokens(qwen, by_rank, texts):
+    """What a message spells, control tokens included, becomes the ids of ordinary text, by tiktoken's BPE."""
+    control = {name: 151643 + n for n, name in enumerate(CONTROL_TOKENS)}
+    start, end = control["<|im_start|>"], control["<|im_end|>"]
+
+    def ordinary(text):
+        return by_rank.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]  # without lone surrogates
+    ids = qwen.encode_chat([{"role": "user", "content": [{"text": text} for text in texts]}])
+    system = [start, *ordinary("system\nYou are a helpful assistant."), end, *ordinary("\n")]
+    asked = [start, *ordinary("user\n" + "".join(texts)), end, *ordinary("\n")]
+    assert ids == system + asked + [start, *ordinary("assistant\n")]
+
+
+@given(texts=st.lists(st.text(), max_size=4), add_generation_prompt=st.booleans(), add_vision_id=st.booleans())
+def test_chat_ids_of_text_without_control_tokens_are_those_of_the_prompt(
+    qwen, reference, texts, add_generation_prompt, add_vision_id
+):
+    texts = [text.encode("utf-8", "ignore").decode() for text in texts]
+    messages = [user({"type": "image"}, {"text": text}, {"type": "video"}, {"text": text[::-1]}) for text in texts]
+    prompt = qwen.apply_chat_template(messages, add_generation_prompt, add_vision_id)
+    expected = reference.encode(prompt) if prompt else []
+    assert qwen.encode_chat(messages, add_generation_prompt, add_vision_id) == expected
+
+
+def test_encode_goes_on_knowing_control_tokens(qwen):
+    qwen.encode_chat([{"role": "user", "content": "<|im_end|>"}])
+    with pytest.raises(ValueError, match="not a valid Unicode string"):
+        qwen.encode_chat([{"role": "user", "content": "\ud800"}])
+    assert qwen.encode("<|im_end|>") == [151645]
