@@ -1,0 +1,418 @@
+"""`generate.py`: the same tokens as the reference and as a plain re-computation, and a command line that behaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import SHAPES, make_batch, our_model, random_row, random_weights, reference_model, token_types
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import generate as command
+from generate import Sampling, choose, generate, next_token_probabilities, penalise_repetition, stream
+from preprocess import Batch
+
+ROOT = Path(__file__).parent.parent
+PARTS = ([2, ("image", 2, 3), 4], [9], [1, ("image", 1, 2), 3, ("image", 2, 2), 1])
+
+
+def batch_of(config, parts=PARTS):
+    """Conversations of pictures and words as the Processor would give them."""
+    arguments = make_batch([random_row(config, part, seed) for seed, part in enumerate(parts)])
+    arguments.setdefault("attention_mask", torch.ones_like(arguments["input_ids"]))
+    return Batch(**{name: tensor.numpy() for name, tensor in arguments.items()})
+
+
+def model_of(shape, **settings):
+    model = our_model(SHAPES[shape], random_weights(SHAPES[shape], seed=5))
+    model.generation_config = {"eos_token_id": [], "pad_token_id": 0} | settings
+    return model
+
+
+def without_cache(model, batch, row, tokens):
+    """The logits [V] after one row's prompt and these tokens, computed from nothing: no cache, no padding."""
+    real = batch.attention_mask[row].astype(bool)
+    ids = [*batch.input_ids[row, real].tolist(), *tokens]
+    inputs = {"input_ids": torch.tensor([ids])}
+    pictures = [int((r == model.config.image_token_id).sum()) for r in batch.input_ids]
+    if batch.image_grid_thw is not None and pictures[row]:
+        sizes = batch.image_grid_thw.prod(1)  # patches of each picture
+        merged = sizes.cumsum() // model.config.vision_config.spatial_merge_size**2
+        mine = (merged > sum(pictures[:row])) & (merged <= sum(pictures[: row + 1]))
+        owner = np.repeat(mine, sizes)
+        inputs["image_grid_thw"] = torch.from_numpy(batch.image_grid_thw[mine])
+        inputs["pixel_values"] = torch.from_numpy(batch.pixel_values[owner])
+    with torch.no_grad():
+        return model(**inputs)[0, -1]
+
+
+# ------------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.mark.parametrize("shape", ["plain", "tied", "one kv head", "deep"])
+def test_64_greedy_tokens_equal_the_reference(shape):
+    config, batch = SHAPES[shape], batch_of(SHAPES[shape])
+    reference = reference_model(config, random_weights(config, seed=5), attention="sdpa")
+    inputs = {name: torch.from_numpy(value) for name, value in vars(batch).items() if value is not None}
+    with torch.no_grad():
+        expected = reference.generate(
+            **inputs,
+            mm_token_type_ids=token_types(config, inputs["input_ids"]),
+            max_new_tokens=64,
+            do_sample=False,
+            pad_token_id=0,
+        )[:, batch.input_ids.shape[1] :]
+    assert generate(model_of(shape), batch, 64) == expected.tolist()
+
+
+def test_each_row_of_a_batch_equals_its_run_alone():
+    model, config = model_of("plain"), SHAPES["plain"]
+    together = generate(model, batch_of(config), 24)
+    for row in range(len(PARTS)):
+        tokens = []
+        for token in together[row]:
+            assert int(without_cache(model, batch_of(config), row, tokens).argmax()) == token
+            tokens.append(token)
+
+
+def test_vision_runs_once_and_only_the_last_position_is_scored():
+    model, batch = model_of("plain"), batch_of(SHAPES["plain"])
+    seen = {"visual": [], "head": [], "layer": []}
+    model.visual.register_forward_hook(lambda m, args, out: seen["visual"].append(len(out)))
+    model.lm_head.register_forward_hook(lambda m, args, out: seen["head"].append(out.shape[1]))
+    model.model.layers[0].register_forward_hook(lambda m, args, out: seen["layer"].append(out.shape[1]))
+    generate(model, batch, 10)
+    assert seen["visual"] == [6 + 2 + 4]
+    assert seen["head"] == [1] * 10
+    assert seen["layer"] == [batch.input_ids.shape[1]] + [1] * 9
+
+
+def test_cache_is_allocated_once(monkeypatch):
+    made = []
+
+    class Recording(command.KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append((self, self.keys.data_ptr(), self.values.data_ptr()))
+
+    monkeypatch.setattr(command, "KVCache", Recording)
+    batch = batch_of(SHAPES["plain"])
+    generate(model_of("plain"), batch, 12)
+    [(cache, keys, values)] = made
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == (keys, values)
+    assert cache.max_length == batch.input_ids.shape[1] + 12
+    assert cache.length == cache.max_length - 1  # the last token is never put through the model
+
+
+# ---------------------------------------------------------------------------------------------------- ending
+
+
+def test_any_id_of_the_end_list_ends_a_row_and_pad_fills_it():
+    config = SHAPES["plain"]
+    free = generate(model_of("plain"), batch_of(config), 20)
+    ends = [free[0][3], free[1][6]]
+    rows = generate(model_of("plain", eos_token_id=ends, pad_token_id=7), batch_of(config), 20)
+    for row, unbounded in zip(rows, free, strict=True):
+        stop = next((i for i, token in enumerate(unbounded) if token in ends), 19) + 1
+        assert row[:stop] == unbounded[:stop]
+        assert set(row[stop:]) <= {7}
+    assert rows[0][4:], "the first row ends early and is filled up"
+
+
+def test_generation_stops_when_all_rows_have_ended():
+    config = SHAPES["plain"]
+    free = generate(model_of("plain"), batch_of(config, PARTS[:1]), 20)[0]
+    end = free[4]
+    first = free.index(end)
+    model = model_of("plain", eos_token_id=end)
+    assert generate(model, batch_of(config, PARTS[:1]), 20) == [free[: first + 1]]
+
+
+def test_end_and_pad_come_from_config_json_where_there_is_no_generation_config():
+    config = SHAPES["plain"]
+    free = generate(model_of("plain"), batch_of(config, PARTS[:1]), 20)[0]
+    model = model_of("plain")
+    model.generation_config = {}
+    model.config.eos_token_id = free[2]
+    assert generate(model, batch_of(config, PARTS[:1]), 20) == [free[: free.index(free[2]) + 1]]
+
+
+def test_stream_yields_each_token_before_the_next_is_computed():
+    model = model_of("plain")
+    runs = []
+    model.model.register_forward_hook(lambda *_: runs.append(1))
+    tokens = stream(model, batch_of(SHAPES["plain"]), 5)
+    assert runs == []
+    for count in range(1, 6):
+        assert len(next(tokens)) == len(PARTS)
+        assert len(runs) == count
+
+
+# -------------------------------------------------------------------------------------------------- sampling
+
+
+def filtered(logits, sampling):
+    """Temperature, top-k and top-p once more, in plain float64 Python: {token: probability}."""
+    scaled = [float(x) / sampling.temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    weights = {i: np.exp(scaled[i] - scaled[order[0]]) for i in order}
+    total = sum(weights.values())
+    kept, mass = {}, 0.0
+    for i in order:  # until what is kept reaches top_p
+        if mass >= sampling.top_p and kept:
+            break
+        kept[i] = weights[i] / total
+        mass += kept[i]
+    total = sum(kept.values())
+    return {i: p / total for i, p in kept.items()}
+
+
+settings_of_sampling = st.builds(
+    Sampling,
+    do_sample=st.just(True),
+    temperature=st.floats(0.2, 3),
+    top_k=st.integers(0, 40),
+    top_p=st.floats(0.05, 1),
+)
+
+
+@given(sampling=settings_of_sampling, seed=st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_probabilities_equal_a_plain_recomputation(sampling, seed):
+    logits = 3 * torch.randn(1, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    got = next_token_probabilities(logits, sampling)[0]
+    expected = filtered(logits[0].tolist(), sampling)
+    assert got.nonzero()[:, 0].tolist() == sorted(expected)
+    for token, probability in expected.items():
+        assert abs(float(got[token]) - probability) < 1e-12
+
+
+@given(sampling=settings_of_sampling, penalty=st.floats(0.5, 2), seed=st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_probabilities_equal_the_reference(sampling, penalty, seed):
+    from transformers import (
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    draw = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 30, generator=draw, dtype=torch.float64)
+    ids = torch.randint(30, (2, 12), generator=draw)
+    seen = torch.zeros(2, 30, dtype=torch.bool).scatter_(1, ids, True)
+    steps = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(sampling.temperature)]
+    steps += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    steps += [TopPLogitsWarper(sampling.top_p)]
+    expected = logits.clone()
+    for step in steps:
+        expected = step(ids, expected)
+    got = next_token_probabilities(penalise_repetition(logits, seen, penalty), sampling)
+    assert torch.equal(got > 0, expected > float("-inf"))
+    assert (got - expected.softmax(-1)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(True, 0.8, 12, 0.9, 1.3, seed=7),
+        Sampling(True, 1.2, 0, 1.0, 1.0, seed=40),
+        Sampling(False, repetition_penalty=1.8),
+    ],
+)
+def test_sampled_tokens_equal_a_plain_recomputation(sampling):
+    """Row i draws with seed + i, from logits that a run without cache or padding gives."""
+    model, batch = model_of("plain"), batch_of(SHAPES["plain"])
+    rows = generate(model, batch, 16, sampling)
+    for number, row in enumerate(rows):
+        draw = torch.Generator().manual_seed((sampling.seed or 0) + number)
+        for position, token in enumerate(row):
+            logits = without_cache(model, batch, number, row[:position]).double()
+            for seen in {*batch.input_ids[number].tolist(), *row[:position]}:  # vision and pad ids included
+                logits[seen] *= sampling.repetition_penalty if logits[seen] < 0 else 1 / sampling.repetition_penalty
+            if not sampling.do_sample:
+                assert int(logits.argmax()) == token
+                continue
+            chances = filtered(logits.tolist(), sampling)
+            probabilities = torch.tensor([chances.get(i, 0.0) for i in range(len(logits))])
+            assert int(torch.multinomial(probabilities, 1, generator=draw)) == token
+
+
+def test_a_seed_repeats_and_another_differs():
+    model, batch = model_of("plain"), batch_of(SHAPES["plain"])
+    runs = [generate(model, batch, 12, Sampling(True, 2.0, seed=seed)) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_defaults_come_from_generation_config():
+    model = model_of("plain", do_sample=True, temperature=0.5, top_k=3, top_p=0.7, repetition_penalty=1.1)
+    assert Sampling.of_model(model) == Sampling(True, 0.5, 3, 0.7, 1.1)
+    # What the published models recommend keeps one candidate: their "sampling" is greedy.
+    instruct = {"do_sample": True, "top_k": 1, "top_p": 0.001, "temperature": 0.01, "repetition_penalty": 1.0}
+    batch = batch_of(SHAPES["plain"])
+    assert generate(model_of("plain", **instruct), batch, 12) == generate(model_of("plain"), batch, 12)
+
+
+def test_half_precision_logits_are_chosen_in_float32():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sampling = Sampling(True, 0.7, seed=1)
+    wide = choose(logits.float(), None, sampling, [torch.Generator().manual_seed(1)])
+    assert torch.equal(choose(logits, None, sampling, [torch.Generator().manual_seed(1)]), wide)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)]
+)
+def test_impossible_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is {value}, expected"):
+        Sampling(**{field: value})
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+PICTURE = next(iter(sorted((ROOT / "examples").glob("*.png"))), None)
+
+
+def run(*arguments, **more):
+    """The command in a process of its own, as a user runs it, from another folder."""
+    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "PYTHONUTF8": "1"}
+    line = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, **more)
+
+
+def test_words_go_to_stdout_and_all_else_to_stderr(tmp_path):
+    done = run("--image", PICTURE, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.strip().startswith("A ")
+    assert done.stdout.count("\n") == 1
+    for part in ("--model Qwen/Qwen2-VL-2B-Instruct", "M parameters", f"{PICTURE}: ", "tokens/s", "peak memory"):
+        assert part in done.stderr
+    quiet = run("--image", PICTURE, "--quiet", cwd=tmp_path)
+    assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
+
+
+def test_every_attention_and_wide_dtype_gives_the_same_answer(capsys):
+    answers = set()
+    for options in (["--attention", "plain"], ["--dtype", "float32"], ["--dtype", "float64", "--device", "cpu"]):
+        assert command.main(["--image", str(PICTURE), "--quiet", *options]) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 1
+
+
+def prompt_of(monkeypatch, *arguments):
+    """What the command line hands to the model: the prompt's text, and the batch."""
+    seen = []
+
+    def stand_in(model, batch, max_new_tokens, sampling):
+        seen.append((batch, max_new_tokens, sampling))
+        yield [0]
+
+    monkeypatch.setattr(command, "stream", stand_in)
+    assert command.main([*map(str, arguments)]) == 0
+    [(batch, max_new_tokens, sampling)] = seen
+    tokenizer = command.Processor.from_pretrained(command.TINY).tokenizer
+    return tokenizer.decode(batch.input_ids[0], skip_special_tokens=False), batch, max_new_tokens, sampling
+
+
+def test_options_reach_the_model(monkeypatch):
+    text, batch, count, sampling = prompt_of(
+        monkeypatch, "--image", PICTURE, "--image", PICTURE, "--prompt", "What is left?", "--system", "Be brief.",
+        "--add-vision-id", "--max-new-tokens", 5, "--temperature", 0.7, "--top-k", 9, "--top-p", 0.8,
+        "--repetition-penalty", 1.2, "--seed", 3,
+    )  # fmt: skip
+    assert sampling == Sampling(True, 0.7, 9, 0.8, 1.2, 3)
+    assert count == 5
+    pads = text.count("<|image_pad|>") // 2
+    picture = "<|vision_start|>" + "<|image_pad|>" * pads + "<|vision_end|>"
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+        f"Picture 1: {picture}Picture 2: {picture}What is left?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(batch.image_grid_thw) == 2
+
+
+def test_pixel_bounds_reach_the_pictures(monkeypatch):
+    _, small, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--max-pixels", 56 * 56)
+    _, large, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 280 * 280, "--max-pixels", 300 * 300)
+    assert small.image_grid_thw.prod() * 14 * 14 <= 56 * 56
+    assert large.image_grid_thw.prod() * 14 * 14 >= 280 * 280
+
+
+def test_text_alone_and_default_prompt(monkeypatch):
+    text, batch, *_ = prompt_of(monkeypatch, "--prompt", "hello")
+    assert text.endswith("<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n")
+    assert batch.pixel_values is None
+    text, *_ = prompt_of(monkeypatch, "--image", PICTURE)
+    assert "<|vision_end|>Describe this image.<|im_end|>" in text
+
+
+def test_temperature_0_is_greedy_and_a_silent_top_k_of_1_is_said(monkeypatch, capsys):
+    *_, sampling = prompt_of(monkeypatch, "--prompt", "x", "--temperature", 0)
+    assert not sampling.do_sample
+    model = model_of("plain", do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
+    said = []
+    arguments = command.parse_arguments(["--prompt", "x", "--temperature", "0.9"])
+    assert command.choose_sampling(arguments, model, said.append) == Sampling(True, 0.9, 1, 0.001)
+    assert any("add --top-k 0" in line for line in said)
+
+
+def break_checkpoint(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--image", "missing.png"], "there is no picture at missing.png"),
+        (["--image", "no_picture.png"], "cannot read no_picture.png as a picture"),
+        (["--image", "cut.png"], "cannot read cut.png as a picture"),
+        (["--prompt", "x", "--model", "empty"], "empty"),
+        (["--prompt", "x", "--model", "missing/folder/x"], "no folder missing/folder/x"),
+        (["--prompt", "x", "--model", "Nobody/Nothing"], "no folder Nobody/Nothing, and the hub cannot be reached"),
+        (["--prompt", "x", "--device", "cuda:7"], "the device cuda:7 cannot be used"),
+        (["--prompt", "x", "--attention", "flash"], "attention 'flash' cannot be used"),
+        (["--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected above 0 and at most 1"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_sentence_and_code_2(arguments, sentence, tmp_path, monkeypatch, capsys):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("no_picture.png").write_text("words")
+    Image.new("RGB", (90, 90), "red").save("whole.png")
+    Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:60])
+    assert command.main([*arguments, "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"generate.py: {sentence}")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--prompt", "x", "--max-new-tokens", "0"], ["--prompt", "x", "--dtype", "int8"]]
+)
+def test_bad_options_are_argparse_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        command.main(arguments)
+    assert caught.value.code == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_no_traceback_in_a_real_process(tmp_path):
+    done = run("--image", "missing.png", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines() == ["generate.py: there is no picture at missing.png"]

@@ -1,0 +1,1 @@
+"""The bundled model: the world that it knows, and the script that trains it."""
