@@ -339,9 +339,9 @@ def test_options_reach_the_model(monkeypatch):
 
 
 def test_pixel_bounds_reach_the_pictures(monkeypatch):
-    _, small, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--max-pixels", 56 * 56)
+    _, small, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 56 * 56, "--max-pixels", 84 * 84)
     _, large, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 280 * 280, "--max-pixels", 300 * 300)
-    assert small.image_grid_thw.prod() * 14 * 14 <= 56 * 56
+    assert small.image_grid_thw.prod() * 14 * 14 <= 84 * 84
     assert large.image_grid_thw.prod() * 14 * 14 >= 280 * 280
 
 
@@ -376,7 +376,7 @@ def break_checkpoint(tmp_path):
         (["--image", "missing.png"], "there is no picture at missing.png"),
         (["--image", "no_picture.png"], "cannot read no_picture.png as a picture"),
         (["--image", "cut.png"], "cannot read cut.png as a picture"),
-        (["--prompt", "x", "--model", "empty"], "empty"),
+        (["--prompt", "x", "--model", "empty"], "there is no tokenizer.json in empty; is that a checkpoint folder?"),
         (["--prompt", "x", "--model", "missing/folder/x"], "no folder missing/folder/x"),
         (["--prompt", "x", "--model", "Nobody/Nothing"], "no folder Nobody/Nothing, and the hub cannot be reached"),
         (["--prompt", "x", "--device", "cuda:7"], "the device cuda:7 cannot be used"),

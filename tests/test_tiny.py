@@ -224,12 +224,12 @@ def test_transformers_opens_the_folder_and_gives_the_same_answers():
 
 def test_the_loss_is_on_the_answers_and_their_end():
     batches = train.Batches(CHECKPOINT, steps=1000, size=3)
-    batch, tokenizer = batches[700], Tokenizer.from_pretrained(CHECKPOINT)
+    batch, tokenizer = batches[200], Tokenizer.from_pretrained(CHECKPOINT)
     said = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["answers"], strict=True)]
-    rng = random.Random(scenes.TRAIN_SEEDS + 700)
-    cells, most = (rng.randint(3, 7), rng.randint(3, 7)), rng.randint(1, 8)
+    rng = random.Random(scenes.TRAIN_SEEDS + 200)
+    cells, most = (rng.randint(3, 7), rng.randint(3, 7)), rng.randint(1, 5)
     for row in range(3):
-        seed = scenes.TRAIN_SEEDS + 3 * 700 + row
+        seed = scenes.TRAIN_SEEDS + 3 * 200 + row
         asked = scenes.questions(scenes.scene(seed, cells), random.Random(f"questions {seed}"), most)
         answers = [answer for _, _, answer in asked]
         assert tokenizer.decode(said[row], skip_special_tokens=False) == "<|im_end|>".join([*answers, ""])

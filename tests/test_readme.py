@@ -1,0 +1,71 @@
+"""What the README shows is run: its commands, its Python, its links and the answer that it prints."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import generate as command
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
+# The first two set up and test; `.ci/run` runs them, as this file is part of the second.
+OTHERS = COMMANDS[2:]
+
+
+def run(line):
+    words = [sys.executable if word == ".venv/bin/python" else word for word in shlex.split(line)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_first_two_blocks_are_setup_and_tests():
+    assert COMMANDS[0].startswith("python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && ")
+    assert "generate.py --image examples/" in COMMANDS[0]
+    assert COMMANDS[1].startswith(".venv/bin/pip install -r requirements-dev.txt && ")
+    assert COMMANDS[1].endswith("-m pytest")
+
+
+@pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" not in line])
+def test_each_command_runs(line):
+    done = run(line)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" in line])
+def test_each_command_that_downloads_has_valid_options(line):
+    words = shlex.split(line)
+    assert words[:2] == [".venv/bin/python", "generate.py"]
+    assert command.parse_arguments(words[2:]).model.startswith("Qwen/")
+
+
+def test_the_answer_shown_is_the_answer_given():
+    line, answer = re.search(r"^    \$ (.+)\n    (.+)$", README, flags=re.MULTILINE).groups()
+    assert run(line).stdout.strip() == answer
+
+
+def test_the_python_shown_runs():
+    [text] = [text for kind, text in BLOCKS if kind == "python"]
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
+def test_links_lead_to_files(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("https://"):
+            assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_requirements_are_pinned():
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            wanted = line.split("#")[0].strip()
+            assert not wanted or wanted.startswith("-r ") or re.fullmatch(r"[\w-]+==[\d.]+", wanted), line
