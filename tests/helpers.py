@@ -271,6 +271,13 @@ def oracle_run(config, weights, row):
     return oracle.run(config, weights, row["ids"], *joined("image"), *joined("video"))
 
 
+def gap(a, b):
+    """Largest absolute difference; NaN counts as infinitely far."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
+    assert a.shape == b.shape
+    return (a - b).abs().nan_to_num(float("inf")).max().item()
+
+
 # ---------------------------------------------------------------------------------- flash-attn's stand-in
 
 

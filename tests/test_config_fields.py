@@ -6,7 +6,6 @@ known is named.
 
 import copy
 import json
-import sys
 import warnings
 from dataclasses import asdict
 from functools import cache
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import helpers
 import pytest
 import torch
-from helpers import make_batch, our_config, our_model, random_row, random_weights, small_config
+from helpers import gap, make_batch, our_config, our_model, random_row, random_weights, small_config
 
 from load_weights import load_config
 from qwen2vl import ACTIVATIONS, KVCache
@@ -31,21 +30,6 @@ WAYS = ("plain", "sdpa", "flash")
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def flash(monkeypatch):
-    """The stand-in for flash-attn, which works on any device and in any dtype."""
-    module = helpers.flash_attn_stand_in()
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return module
-
-
-def gap(a, b):
-    """Largest absolute difference; NaN counts as infinitely far."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    assert a.shape == b.shape
-    return (a - b).abs().nan_to_num(float("inf")).max().item()
 
 
 @cache

@@ -6,7 +6,6 @@ of 1e-5 in a LayerNorm), the comparison of float64 runs at 1e-9 does.
 """
 
 import json
-import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, make_batch, our_config, our_model, random_row, random_weights
+from helpers import SHAPES, gap, make_batch, our_config, our_model, random_row, random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -62,22 +61,6 @@ def reference(shape):
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def flash(monkeypatch):
-    """The stand-in for flash-attn, which works on any device and in any dtype. (Not for every test:
-    transformers would find it as well, and take it for the real one.)"""
-    module = helpers.flash_attn_stand_in()
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    return module
-
-
-def gap(a, b):
-    """Largest absolute difference; NaN counts as infinitely far."""
-    a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
-    assert a.shape == b.shape
-    return (a - b).abs().nan_to_num(float("inf")).max().item()
 
 
 def real_tokens(batch):
