@@ -232,7 +232,7 @@ def answer(arguments: argparse.Namespace) -> None:
     weight = model.lm_head.weight
     count = sum(p.numel() for p in model.parameters())
     say(
-        f"loaded {folder.name}: {count / 1e6:,.1f} M parameters, {str(weight.dtype).removeprefix('torch.')}, "
+        f"loaded {arguments.model or 'the bundled model'}: {count / 1e6:,.1f} M parameters, {str(weight.dtype).removeprefix('torch.')}, "
         f"{model.model.attention} attention, on {weight.device}, in {time.perf_counter() - start:.2f} s"
     )
     sampling = choose_sampling(arguments, model, say)
