@@ -229,10 +229,9 @@ def answer(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     model = load_model(folder, arguments.device, dtype, arguments.attention)
-    weight = model.lm_head.weight
-    count = sum(p.numel() for p in model.parameters())
+    weight, count = model.lm_head.weight, sum(p.numel() for p in model.parameters()) / 1e6
     say(
-        f"loaded {arguments.model or 'the bundled model'}: {count / 1e6:,.1f} M parameters, {str(weight.dtype).removeprefix('torch.')}, "
+        f"loaded {arguments.model or 'it'}: {count:,.1f} M parameters, {str(weight.dtype).removeprefix('torch.')}, "
         f"{model.model.attention} attention, on {weight.device}, in {time.perf_counter() - start:.2f} s"
     )
     sampling = choose_sampling(arguments, model, say)
