@@ -586,7 +586,7 @@ class Qwen2VL(nn.Module):
         places = input_ids == token_id  # [B, S]
         if (count := int(places.sum())) != len(features):
             raise ValueError(f"input_ids has {count} placeholders (id {token_id}), grid_thw {len(features)}")
-        return x.masked_scatter(places[..., None], features)
+        return x.masked_scatter(places[..., None], features.to(x.dtype))  # they differ under autocast, in training
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,

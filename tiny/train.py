@@ -231,8 +231,6 @@ def train(rank: int, args, config: Config) -> None:
     # In bf16 the gradient of PyTorch's fused attention is slower on a CPU than the textbook lines.
     model = Qwen2VL(config, attention="plain" if args.bf16 else "sdpa").train()
     initialise(model)
-    if args.bf16:  # autocast leaves the pictures' tokens in bf16, and the words among which they go in float32
-        model.visual.register_forward_hook(lambda module, inputs, tokens: tokens.float())
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
