@@ -27,8 +27,6 @@ from tokenizer import read_json
 def find_folder(name_or_folder: str | Path) -> Path:
     """A folder as it is; a hub name ("Qwen/Qwen2-VL-2B-Instruct") as the folder of its downloaded snapshot.
 
-    Only safetensors and json files are fetched, with a progress bar on stderr, into HF_HOME. With HF_HUB_OFFLINE=1
-    only what is there already is used.
     Raises FileNotFoundError if the name is neither a folder nor a hub name that can be had.
     """
     folder = Path(name_or_folder)
@@ -38,20 +36,9 @@ def find_folder(name_or_folder: str | Path) -> Path:
         raise FileNotFoundError(f"{name_or_folder} is a file; expected a checkpoint folder or a hub name")
     if str(name_or_folder).count("/") != 1 or str(name_or_folder)[0] in "./~":
         raise FileNotFoundError(f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct")
-    # Imported here because it takes a while and a folder does not need it.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from extras import hub
 
-    try:
-        return Path(snapshot_download(str(name_or_folder), allow_patterns=["*.safetensors", "*.json"]))
-    except LocalEntryNotFoundError as error:
-        reason = (
-            "the hub cannot be reached (or HF_HUB_OFFLINE is set) and HF_HOME has no earlier download of that name"
-        )
-        raise FileNotFoundError(f"no folder {name_or_folder}, and {reason}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"no folder {name_or_folder}, and the hub says: {reason}") from error
+    return hub.snapshot(str(name_or_folder))
 
 
 def weight_files(folder: Path) -> list[Path]:

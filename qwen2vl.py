@@ -83,7 +83,7 @@ class Config:
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151645
     pad_token_id: int | None = None
-    vision_config: VisionConfig = field(default_factory=VisionConfig)
+    vision_config: VisionConfig = field(default_factory=lambda: VisionConfig(hidden_size=8192))
 
     @property
     def head_dim(self) -> int:
@@ -147,9 +147,9 @@ def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionP
     """A patch sees the patches of its own temporal slice; `slices` holds the number of patches of each."""
     if way != "flash":
         return AttentionPlan(way, slices=slices)
-    cu_seqlens = F.pad(torch.tensor(slices).cumsum(0), (1, 0)).to(device, torch.int32)
-    packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
-    return AttentionPlan(way, packed=packed | {"max_seqlen_q": max(slices), "max_seqlen_k": max(slices)})
+    from extras import flash
+
+    return AttentionPlan(way, packed=flash.pack_slices(slices, device))
 
 
 def plan_decoder(
@@ -161,16 +161,9 @@ def plan_decoder(
     if attention_mask is not None and attention_mask.all():  # nothing is padded: the quick ways are open
         attention_mask = None
     if way == "flash" and new > 1:
-        real = torch.ones(rows, total, device=device) if attention_mask is None else attention_mask
-        # "causal" aligns the last query with the last key; a window of -1 tokens before each one means all of them.
-        packed = {"causal": True, "window_size": (-1 if window is None else window - 1, 0), "dropout_p": dropout}
-        for name, part in (("q", real[:, cached:]), ("k", real)):
-            lengths = part.sum(1).int()
-            packed[f"cu_seqlens_{name}"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            packed[f"max_seqlen_{name}"] = int(lengths.max())
-            if attention_mask is not None:
-                packed[f"real_{name}"] = part.flatten().nonzero()[:, 0]  # where in a row of [B·S] no padding is
-        return AttentionPlan(way, packed=packed)
+        from extras import flash
+
+        return AttentionPlan(way, packed=flash.pack_rows(x, cached, attention_mask, window, dropout))
     if way == "flash":  # one new token only reads the cache: nothing to gain, and packing would copy it all
         way = "sdpa"
     # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
@@ -194,7 +187,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     Source: "Attention Is All You Need" §3.2; grouped queries arXiv 2305.13245; flash-attn arXiv 2307.08691.
     """
     if plan.way == "flash":
-        return flash_attention(q, k, v, **plan.packed)
+        from extras import flash
+
+        return flash.attention(q, k, v, **plan.packed)
     if plan.slices is not None and len(plan.slices) > 1:
         # No N×N product is ever made: equal slices stand side by side as a batch, unequal ones take turns.
         one = AttentionPlan(plan.way)
@@ -212,21 +207,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return F.dropout(at_least_float32(scores).softmax(-1).to(q.dtype), plan.dropout) @ v
-
-
-def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, real_q: Tensor | None = None, real_k: Tensor | None = None, **packed
-) -> Tensor:
-    """The same through flash-attn, which takes all sequences end to end in one row, without their padding."""
-    from flash_attn import flash_attn_varlen_func  # optional, for CUDA and half precision
-
-    rows, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B·S, H, D], [B·K, G, D]
-    if real_q is None:
-        out = flash_attn_varlen_func(rows, k, v, **packed)
-    else:
-        out = torch.zeros_like(rows)
-        out[real_q] = flash_attn_varlen_func(rows[real_q], k[real_k], v[real_k], **packed)
-    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------------- rotary position embedding
