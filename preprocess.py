@@ -10,15 +10,17 @@ Letters in the shape comments:
     gt, gh, gw patches along time, height and width (the grid); tp, p one patch's frames and side; m the merge size
 """
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer, content_items, content_kind, read_json
 
@@ -65,16 +67,16 @@ class ImageConfig:
         nested = Path(folder) / "processor_config.json"
         found = read_json(folder, nested.name).get("image_processor") if nested.is_file() else None
         found = found or read_json(folder, "preprocessor_config.json")
-        settings = {field: value for field, value in found.items() if value is not None}
+        settings = {name: value for name, value in found.items() if value is not None}
         renamed = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # pixel counts under both names
-        for field, value in settings.pop("size", {}).items():
-            settings.setdefault(renamed.get(field, field), value)
+        for name, value in settings.pop("size", {}).items():
+            settings.setdefault(renamed.get(name, name), value)
 
-        known = {field.name for field in fields(cls)}
-        for field in sorted(settings.keys() - known - INERT_FIELDS):
-            if settings[field] is not False:
-                warnings.warn(f"the image settings in {folder} hold an unknown field: {field}", stacklevel=2)
-        return cls(**{field: value for field, value in settings.items() if field in known})
+        known = {f.name for f in fields(cls)}
+        for name in sorted(settings.keys() - known - INERT_FIELDS):
+            if settings[name] is not False:
+                warnings.warn(f"the image settings in {folder} hold an unknown field: {name}", stacklevel=2)
+        return cls(**{name: value for name, value in settings.items() if name in known})
 
 
 def smart_resize(
@@ -105,8 +107,26 @@ def smart_resize(
     return new_height, new_width
 
 
-def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """Open a picture: a path, a `file://` address, a Pillow image, or an array uint8 [H, W, 3] in RGB.
+def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
+    """Whatever names a picture or film → the path of its file, or an open binary file.
+
+    A path, a `file://`, `http(s)://` or `data:` address, the bytes themselves, or an open file.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if hasattr(source, "read"):
+        return source
+    if not isinstance(source, str | Path):
+        raise ValueError(f"expected a path, an address, bytes or an open file, not {type(source).__name__}")
+    if str(source).startswith(("http://", "https://", "data:")):
+        from extras import addresses
+
+        return addresses.fetch(str(source))
+    return unquote(source[len("file://") :]) if str(source).startswith("file://") else str(source)
+
+
+def load_image(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
+    """Open a picture: anything `open_media` takes, a Pillow image, or an array uint8 [H, W, 3] in RGB.
 
     A picture from a file is turned upright as its EXIF orientation says; a Pillow image is taken as it is, and so
     is its mode: `to_rgb` comes later. Raises FileNotFoundError or ValueError with one sentence naming the source.
@@ -117,20 +137,46 @@ def load_image(source: str | Path | Image.Image | np.ndarray) -> Image.Image:
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
             raise ValueError(f"an array must be uint8 [height, width, 3], not {source.dtype} {list(source.shape)}")
         return Image.fromarray(source)
-    if not isinstance(source, str | Path):
-        raise ValueError(f"a picture must be a path, a Pillow image or an array, not {type(source).__name__}")
-    path = unquote(source[len("file://") :]) if str(source).startswith("file://") else str(source)
-    if path.startswith(("http://", "https://", "data:")):
-        raise ValueError(f"pictures from http and data addresses are not supported yet: {path:.80}")
+    file, name = open_media(source), source_name(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return ImageOps.exif_transpose(image)  # a copy, so the whole file has been read and may be closed
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture at {path}") from None
+        raise FileNotFoundError(f"there is no picture at {name}") from None
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         # Damaged, cut off, or no picture at all: Pillow's decoders answer with any of these.
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {path:.200} as a picture: {reason}") from error
+        unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the file object
+        reason = "it has no format that Pillow knows" if unknown else getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {name} as a picture: {reason}") from error
+
+
+def source_name(source: object) -> str:
+    """What to call a source in a message: its path or address, cut where it is long, or what kind of thing it is."""
+    return f"{source!s:.200}" if isinstance(source, str | Path) else f"the given {type(source).__name__}"
+
+
+class Clip(NamedTuple):
+    """The frames of a film that the model will see."""
+
+    frames: np.ndarray  # uint8 [F, H, W, 3], resized: both sides are multiples of the token's
+    timestamps: list[float]  # of each frame, in seconds from the start of the film
+    size: tuple[int, int]  # width and height in pixels before resizing
+
+
+VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+VIDEO_OPTIONS += ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+
+
+def load_video(source: object, config: ImageConfig | None = None, **options: float) -> Clip:
+    """Sample and resize a film (anything `open_media` takes), a folder or list of pictures, or uint8 [F, H, W, 3].
+
+    By default 2 frames a second, at least 4, at most 768, an even number, in up to 768 tokens' pixels each;
+    options: those of VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14. `extras/video.py` has the rules and does the work.
+    Raises FileNotFoundError or ValueError with one sentence naming the source.
+    """
+    from extras import video  # PyAV takes a while to import, and pictures do not need it
+
+    return video.load(source, config or ImageConfig(), **options)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -233,6 +279,27 @@ def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray
 
 
 @dataclass
+class Media:
+    """One picture or clip, ready for the model, and what it was before."""
+
+    patches: np.ndarray  # float32 [N, 3*tp*p*p]
+    grid: Grid
+    name: str  # where it came from
+    size: tuple[int, int]  # width and height in pixels before resizing
+    timestamps: list[float] | None = None  # of a clip's frames, in seconds
+
+    def summary(self, config: ImageConfig) -> str:
+        """One line: what came in, what the model sees of it, how many tokens that makes."""
+        (gt, gh, gw), p, seconds = self.grid, config.patch_size, [f"{t:.2f}" for t in self.timestamps or ()]
+        shown = seconds if len(seconds) <= 16 else [*seconds[:8], "…", *seconds[-2:]]
+        frames = f", {len(seconds)} frames at {' '.join(shown)} s" if seconds else ""
+        patches = f"{gw}×{gh} patches" if gt == 1 else f"{gt}×{gw}×{gh} patches"
+        tokens = gt * gh * gw // config.merge_size**2
+        width, height = self.size
+        return f"{self.name}: {width}×{height} pixels{frames} → {gw * p}×{gh * p} → {patches} → {tokens} tokens"
+
+
+@dataclass
 class Batch:
     """What the model takes, as numpy arrays. The vision fields are None when no row has such media."""
 
@@ -242,31 +309,37 @@ class Batch:
     image_grid_thw: np.ndarray | None = None  # int64 [images, 3]
     pixel_values_videos: np.ndarray | None = None  # the same two for videos
     video_grid_thw: np.ndarray | None = None
+    media: list[Media] = field(default_factory=list)  # all pictures and clips, row after row in reading order
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the model is called with, by name; what there is none of is left out."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
 
 class Processor:
     """Conversations → Batch: read the pictures, write the prompts, make room in them for the vision tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig):
+    def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, video_options: dict | None = None):
         self.tokenizer = tokenizer
         self.image_config = image_config
+        self.video_options = video_options or {}  # for `load_video`, where an item does not say otherwise
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> "Processor":
-        """Read tokenizer and image settings of a checkpoint folder; bounds given here replace the folder's."""
+        """Read tokenizer and image settings of a checkpoint folder.
+
+        Bounds given here replace the folder's for pictures, and the usual ones for the frames of a film.
+        """
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(Tokenizer.from_pretrained(folder), replace(ImageConfig.from_pretrained(folder), **given))
+        return cls(Tokenizer.from_pretrained(folder), replace(ImageConfig.from_pretrained(folder), **given), given)
 
     def __call__(self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False) -> Batch:
         """One conversation (a list of messages) or a list of conversations → one Batch, a row each.
 
-        A picture stands in its content item under `image`, `image_url` (also as {"url": ...}), `url` or `path`
-        and is anything `load_image` takes. The item may carry its own `min_pixels` and `max_pixels`, or the size
-        to show the picture in, `resized_height` and `resized_width`, which are rounded to what the grid allows.
-
+        A content item that is a picture or a clip is read by `prepare`, or was already (then it holds the Media).
         What a message says is text, also where it spells a control token (`Tokenizer.encode_chat`). Raises ValueError
         or FileNotFoundError for a malformed message and for a picture that cannot be read.
         """
@@ -275,22 +348,22 @@ class Processor:
         if isinstance(conversations[0], dict):
             conversations = [conversations]
 
-        rows, images, videos = [], [], []
+        rows, media, images, videos = [], [], [], []
         for messages in conversations:
             items = [item for n, message in enumerate(messages) for item in content_items(message, n)]
-            row_images = [self._image(item) for item in items if content_kind(item) == "image"]
-            row_videos = [self._video(item) for item in items if content_kind(item) == "video"]
+            shown = [(content_kind(item), self.prepare(item)) for item in items if content_kind(item) != "text"]
             ids = self.tokenizer.encode_chat(messages, add_generation_prompt, add_vision_id)
-            ids = self._expand(ids, IMAGE_PAD, [grid for _, grid in row_images])
-            ids = self._expand(ids, VIDEO_PAD, [grid for _, grid in row_videos])
+            for kind, pad, joined in (("image", IMAGE_PAD, images), ("video", VIDEO_PAD, videos)):
+                own = [(one.patches, one.grid) for its_kind, one in shown if its_kind == kind]
+                ids = self._expand(ids, pad, [grid for _, grid in own])
+                joined += own
             rows.append(ids)
-            images += row_images
-            videos += row_videos
+            media += [one for _, one in shown]
 
         # Padded on the left: every row's last token stands in the last column, where generation goes on.
         longest = max(len(ids) for ids in rows)
         padded = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # [B, S]
-        batch = Batch(input_ids=padded, attention_mask=np.zeros_like(padded))
+        batch = Batch(input_ids=padded, attention_mask=np.zeros_like(padded), media=media)
         for row, ids in enumerate(rows):
             batch.input_ids[row, longest - len(ids) :] = ids
             batch.attention_mask[row, longest - len(ids) :] = 1
@@ -300,34 +373,38 @@ class Processor:
             batch.pixel_values_videos, batch.video_grid_thw = join(videos)
         return batch
 
-    def _image(self, item: dict) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of an image item. Its own settings mean what they mean to qwen-vl-utils 0.0.14."""
-        keys = ("image", "image_url", "url", "path")
+    def prepare(self, item: dict) -> Media:
+        """Read the picture or clip of one content item.
+
+        A picture stands under `image`, `image_url` (also as {"url": ...}), `url` or `path` and is anything that
+        `load_image` takes; a clip under `video` (or `url`, `path`) and is anything that `load_video` takes. The
+        item's own `min_pixels` and `max_pixels`, `resized_height` and `resized_width`, and for a clip all of
+        VIDEO_OPTIONS, mean what they mean to qwen-vl-utils 0.0.14.
+        """
+        kind, config = content_kind(item), self.image_config
+        keys = ("image", "image_url", "url", "path") if kind == "image" else ("video", "url", "path")
         source = next((item[key] for key in keys if item.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if source is None:
-            raise ValueError(f"an image item names no picture under any of {', '.join(keys)}: {item!r:.80}")
+            raise ValueError(f"the {kind} item names no {kind} under any of {', '.join(keys)}: {item!r:.80}")
+        if isinstance(source, Media):
+            return source
+        own = {name: item[name] for name in VIDEO_OPTIONS if item.get(name) is not None}
+        if kind == "video":
+            clip = load_video(source, config, **(self.video_options | own))
+            patches, grid = patchify(normalise(clip.frames, config), config)
+            return Media(patches, grid, source_name(source), clip.size, clip.timestamps)
         image = load_image(source)
-        own = {name: int(item[name]) for name in ("min_pixels", "max_pixels") if item.get(name) is not None}
-        config = replace(self.image_config, **own)
-        if item.get("resized_height") and item.get("resized_width"):
-            wanted = int(item["resized_height"]), int(item["resized_width"])
+        size = image.size
+        config = replace(config, **{name: int(own[name]) for name in ("min_pixels", "max_pixels") if name in own})
+        if "resized_height" in own and "resized_width" in own:
+            wanted = int(own["resized_height"]), int(own["resized_width"])
             height, width = smart_resize(*wanted, config.factor, config.min_pixels, config.max_pixels)
             image = to_rgb(image).resize((width, height), resample=config.resample)
-        return preprocess_clip([image], config)
-
-    def _video(self, item: dict) -> tuple[np.ndarray, Grid]:
-        """Patches and grid of a video item."""
-        source = item.get("video")
-        if not isinstance(source, list | tuple | np.ndarray):
-            raise ValueError(f"a video must be given as a list of frames for now, not as {type(source).__name__}")
-        return preprocess_clip(source, self.image_config)
+        return Media(*preprocess_clip([image], config), source_name(source), size)
 
     def _expand(self, ids: list[int], pad: str, grids: list[Grid]) -> list[int]:
         """Repeat the n-th placeholder once for each token of the n-th picture: one per merged block of patches."""
         pad_id = self.tokenizer.token_id(pad)
         counts = (math.prod(grid) // self.image_config.merge_size**2 for grid in grids)
-        expanded = []
-        for id in ids:
-            expanded += [id] * (next(counts) if id == pad_id else 1)
-        return expanded
+        return [id for id in ids for _ in range(next(counts) if id == pad_id else 1)]

@@ -373,11 +373,11 @@ def test_unreadable_picture(tmp_path, kind):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("https://example.org/x.png", "not supported yet: https://example.org/x.png"),
-        ("data:image/png;base64," + "A" * 9000, "not supported yet: data:image/png;base64,AAA"),
+        ("data:image/png;base64," + "A" * 9000, "cannot read data:image/png;base64,AAA"),
         ("A" * 9000, "cannot read A"),  # bare base64: too long for a file name
-        (b"\x89PNG", "a path, a Pillow image or an array, not bytes"),
-        (None, "a path, a Pillow image or an array, not NoneType"),
+        (b"\x89PNG", "cannot read the given bytes as a picture: it has no format that Pillow knows"),
+        (None, "expected a path, an address, bytes or an open file, not NoneType"),
+        (7, "expected a path, an address, bytes or an open file, not int"),
         (np.zeros((4, 4, 3)), r"an array must be uint8 \[height, width, 3\], not float64 \[4, 4, 3\]"),
         (np.zeros((3, 4, 4), dtype=np.uint8), r"not uint8 \[3, 4, 4\]"),
         (np.zeros((4, 4), dtype=np.uint8), r"not uint8 \[4, 4\]"),
@@ -557,7 +557,7 @@ def test_each_row_equals_the_row_alone(processor):
     assert_same_bits(together.pixel_values, np.concatenate([rows[0].pixel_values, rows[2].pixel_values]))
     assert_same_bits(together.image_grid_thw, np.concatenate([rows[0].image_grid_thw, rows[2].image_grid_thw]))
     assert_same_bits(together.pixel_values_videos, rows[2].pixel_values_videos)
-    assert together.video_grid_thw.tolist() == [[2, 4, 6]]
+    assert together.video_grid_thw.tolist() == [[2, 20, 28]]  # frames are enlarged to at least 128 tokens each
 
 
 def test_a_list_with_one_conversation_is_that_conversation(processor):
@@ -634,11 +634,12 @@ def test_bounds_of_one_item(processor):
         ("Hi", ValueError, "expected a conversation"),
         (["Hi"], ValueError, "message 0 must be a dict"),
         ([{"role": "user"}], ValueError, "the content of message 0"),
-        (ask({"type": "image"}), ValueError, "an image item names no picture"),
+        (ask({"type": "image"}), ValueError, "the image item names no image under any of image"),
         (ask({"type": "image", "image": "nowhere.png"}), FileNotFoundError, "no picture at nowhere.png"),
-        (ask({"type": "image", "image_url": {"uri": "x.png"}}), ValueError, "an image item names no picture"),
+        (ask({"type": "image", "image_url": {"uri": "x.png"}}), ValueError, "the image item names no image under"),
         (ask({"type": "image", "image": Image.new("RGB", (1, 201))}), ValueError, "more than 200 times"),
-        (ask({"type": "video", "video": "x.mp4"}), ValueError, "given as a list of frames for now, not as str"),
+        (ask({"type": "video", "fps": 1}), ValueError, "the video item names no video under any of video, url, path"),
+        (ask({"type": "video", "video": "nowhere.mp4"}), FileNotFoundError, "nowhere.mp4"),
     ],
 )  # fmt: skip
 def test_errors_of_the_processor(processor, given_conversations, error, said):

@@ -13,7 +13,7 @@ not the other way round. Same seed, same scene, on every machine.
 Evaluation and training never share a seed: evaluation owns the seeds below TRAIN_SEEDS, training counts up from
 there, and `scene` is asked for nothing else.
 
-`python -m tiny.scenes` writes the pictures of `examples/`.
+`python -m tiny.scenes` writes the pictures and the clip of `examples/`.
 """
 
 import argparse
@@ -185,11 +185,25 @@ def questions(scene: Scene, rng: random.Random, most: int = 8) -> list[tuple[str
 
 
 # name: evaluation seed, one above those that the score is taken on
+CLIP = "crossing.mp4"
 EXAMPLES = {"shapes.png": 62454, "wide.png": 12897, "tall.png": 29736, "square.png": 20032, "small.png": 3451}
 
 
+def crossing(frames: int = 24) -> list[Image.Image]:
+    """A clip: a red circle goes from the left to the right, past a blue square. (No training has shown clips yet.)"""
+    square = Shape("square", "blue", "bottom", (86, 78, 110, 102))
+    pictures = []
+    for i in range(frames):
+        left = round(6 + i / (frames - 1) * (196 - 12 - 36))
+        circle = Shape("circle", "red", "top", (left, 20, left + 36, 56))
+        pictures.append(draw(Scene(196, 112, (244, 240, 232), (circle, square))))
+    return pictures
+
+
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Write the example pictures.")
+    import av  # training does without it
+
+    parser = argparse.ArgumentParser(description="Write the example pictures and the example clip.")
     parser.add_argument("--folder", type=Path, default=Path("examples"))
     folder = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +211,13 @@ def main(argv=None) -> int:
         example = scene(seed)
         draw(example).save(folder / name)
         print(f"{folder / name}  {example.width}x{example.height}  {describe(example)}")
+    with av.open(str(folder / CLIP), "w") as film:
+        stream = film.add_stream("libx264", rate=6, options={"crf": "18"})
+        stream.width, stream.height, stream.pix_fmt = 196, 112, "yuv420p"
+        for picture in crossing():
+            film.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        film.mux(stream.encode())
+    print(f"{folder / CLIP}  196x112  {crossing.__doc__}")
     return 0
 
 

@@ -1,0 +1,178 @@
+"""Pictures and films from everywhere: files, bytes, `data:` and `http(s)://` addresses, all through one function."""
+
+import base64
+import io
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extras import addresses
+from preprocess import load_image, load_video, open_media
+
+SHAPES = Path(__file__).parent.parent / "examples" / "shapes.png"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers by path; `/silent` keeps the line open without a word until the test is over."""
+
+    over = threading.Event()
+
+    def do_GET(self):
+        content = SHAPES.read_bytes()
+        if self.path == "/shapes.png":
+            self.reply(200, content)
+        elif self.path == "/crossing.mp4":
+            self.reply(200, SHAPES.with_name("crossing.mp4").read_bytes())
+        elif self.path == "/moved":
+            self.reply(302, b"", Location="/shapes.png")
+        elif self.path == "/round":
+            self.reply(302, b"", Location="/round")
+        elif self.path == "/long":
+            self.reply(200, content, length=False)
+        elif self.path == "/words":
+            self.reply(200, b"no picture")
+        elif self.path == "/silent":
+            self.over.wait()
+        elif self.path == "/cut":
+            self.reply(200, content[:500], length=len(content))
+        else:
+            self.reply(404, b"nothing here")
+
+    def reply(self, status, content, length=True, **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if length:
+            self.send_header("Content-Length", str(len(content) if length is True else length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments):
+        """Not to the terminal."""
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The address of a server on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    Handler.over.set()
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def sources(server):
+    content = SHAPES.read_bytes()
+    encoded = base64.b64encode(content).decode()
+    return {
+        "path": SHAPES,
+        "path as text": str(SHAPES),
+        "file address": SHAPES.as_uri(),
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "file object": io.BytesIO(content),
+        "base64": f"data:image/png;base64,{encoded}",
+        "base64 without a type": f"data:;base64,{encoded}",
+        "percent signs": f"data:image/png,{quote(content)}",
+        "http": f"{server}/shapes.png",
+        "http, moved": f"{server}/moved",
+        "http, of unknown length": f"{server}/long",
+        "Pillow image": Image.open(SHAPES),
+        "array": np.asarray(Image.open(SHAPES).convert("RGB")),
+    }
+
+
+def test_every_source_gives_the_same_picture(server):
+    expected = np.asarray(Image.open(SHAPES).convert("RGB"))
+    for name, source in sources(server).items():
+        assert np.array_equal(np.asarray(load_image(source).convert("RGB")), expected), name
+
+
+def test_a_film_comes_from_the_same_places(server):
+    film = Path(__file__).parent.parent / "examples" / "crossing.mp4"
+    expected = load_video(film, nframes=4)
+    encoded = base64.b64encode(film.read_bytes()).decode()
+    for source in (film.as_uri(), film.read_bytes(), io.BytesIO(film.read_bytes()), f"{server}/crossing.mp4",
+                   f"data:video/mp4;base64,{encoded}"):  # fmt: skip
+        clip = load_video(source, nframes=4)
+        assert np.array_equal(clip.frames, expected.frames), f"{source!r:.40}"
+        assert clip.timestamps == expected.timestamps
+
+
+def test_an_open_file_is_read_from_its_beginning_and_stays_open():
+    with SHAPES.open("rb") as file:
+        file.read(10)
+        first, second = load_image(file), load_image(file)
+        assert first.tobytes() == second.tobytes()
+        assert not file.closed
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "said"),
+    [
+        ("/nowhere.png", ValueError, "nowhere.png was answered with 404 Not Found"),
+        ("/words", ValueError, "/words as a picture: it has no format that Pillow knows"),
+        ("/cut", OSError, "cannot fetch http://127.0.0.1"),
+        ("/round", OSError, "cannot fetch http://127.0.0.1"),
+    ],
+)
+def test_what_a_server_does_wrong_is_one_sentence(server, path, error, said):
+    with pytest.raises(error, match=said) as caught:
+        load_image(server + path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_cannot_be_reached():
+    closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    closed.server_close()
+    with pytest.raises(OSError, match=r"cannot fetch http://127\.0\.0\.1"):
+        load_image(f"http://127.0.0.1:{closed.server_port}/x.png")
+
+
+def test_a_silent_server_is_left(server):
+    with pytest.raises(TimeoutError, match=r"sent nothing for 0\.01 seconds"):
+        addresses.fetch(f"{server}/silent", timeout=0.01)
+
+
+def test_a_server_may_not_take_for_ever(server):
+    with pytest.raises(TimeoutError, match="was not there after 0 seconds"):
+        addresses.fetch(f"{server}/shapes.png", deadline=0)
+
+
+@pytest.mark.parametrize("path", ["/shapes.png", "/long"])
+def test_the_size_is_limited_whether_it_is_said_or_not(server, path):
+    size = len(SHAPES.read_bytes())
+    assert len(addresses.fetch(server + path, max_bytes=size).read()) == size
+    with pytest.raises(ValueError, match="holds more than"):
+        addresses.fetch(server + path, max_bytes=size - 1)
+
+
+def test_an_announced_size_is_believed_before_anything_is_read(server, monkeypatch):
+    def refuse(self, *arguments, **more):
+        raise AssertionError("the content was read")
+
+    monkeypatch.setattr(addresses.httpx2.Response, "iter_bytes", refuse)
+    with pytest.raises(ValueError, match="holds more than"):
+        addresses.fetch(f"{server}/shapes.png", max_bytes=100)
+
+
+@pytest.mark.parametrize("address", ["data:image/png;base64,abc", "data:nothing", "http://[::1", "https://"])
+def test_addresses_that_make_no_sense(address):
+    with pytest.raises((ValueError, OSError), match=r"address|fetch") as caught:
+        open_media(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_large_answer_goes_to_a_temporary_file(server, monkeypatch):
+    monkeypatch.setattr(addresses, "IN_MEMORY", 100)
+    with addresses.fetch(f"{server}/shapes.png") as file:
+        assert file._rolled
+        assert file.read() == SHAPES.read_bytes()
