@@ -13,15 +13,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from load_weights import find_folder, load_model
-from preprocess import Batch, Processor, load_image
+from preprocess import Batch, Processor
 from qwen2vl import KVCache, Qwen2VL, at_least_float32
 from tokenizer import StreamDecoder
 
@@ -38,7 +39,7 @@ class Sampling:
     top_k: int = 0  # keep only the k most probable tokens; 0 keeps all
     top_p: float = 1.0  # keep the most probable tokens that together reach this probability
     repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the answer so far become less probable
-    seed: int | None = None  # None: another answer each time
+    seed: int | list[int] | None = None  # of the first row, the next ones counting up; or of each; None: by chance
 
     def __post_init__(self):
         for name, fine, expected in (
@@ -94,30 +95,36 @@ def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: 
 
 
 # ------------------------------------------------------------------------------------------------- generation
+def end_ids(model: Qwen2VL) -> set[int]:
+    """The ids that end an answer: `eos_token_id` in generation_config.json, else in config.json."""
+    ends = model.generation_config.get("eos_token_id", model.config.eos_token_id)
+    return {ends} if isinstance(ends, int) else set(ends or ())
+
+
 @torch.inference_mode()
 def stream(
-    model: Qwen2VL, batch: Batch, max_new_tokens: int = 128, sampling: Sampling | None = None
-) -> Iterator[list[int]]:
+    model: Qwen2VL, batch: Batch, max_new_tokens: int = 128, sampling: Sampling | None = None,
+    cache: KVCache | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
     """Yields the next token id of each row, as a list of B ids, as soon as it is made.
 
-    Ends when every row has ended or after max_new_tokens. A row ends with any id of the end list (`eos_token_id` in
-    generation_config.json, else in config.json), which is yielded too; after it the row is filled with the pad id.
-    sampling: by default what generation_config.json says. Row i draws with seed + i.
+    Ends when every row has ended or after max_new_tokens. A row ends with any of `end_ids`, which is yielded too;
+    after it the row is filled with the pad id. sampling: by default what generation_config.json says.
+    cache: of an earlier turn, with room for this one; batch then holds all tokens, but only the pictures of the new
+    ones. By default one of its own.
     """
     sampling = sampling or Sampling.of_model(model)
     device = model.lm_head.weight.device
-    settings = {"eos_token_id": model.config.eos_token_id, "pad_token_id": model.config.pad_token_id}
-    settings |= {name: model.generation_config[name] for name in settings if name in model.generation_config}
-    ends = settings["eos_token_id"]
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
-    pad = settings["pad_token_id"] if settings["pad_token_id"] is not None else min(ends, default=0)
+    ends, pad = end_ids(model), model.generation_config.get("pad_token_id", model.config.pad_token_id)
+    pad = min(ends, default=0) if pad is None else pad
 
-    inputs = {f.name: getattr(batch, f.name) for f in fields(batch) if getattr(batch, f.name) is not None}
-    inputs = {name: torch.as_tensor(array, device=device) for name, array in inputs.items()}
+    inputs = {name: torch.as_tensor(array, device=device) for name, array in batch.arrays().items()}
     ids, mask = inputs["input_ids"], inputs.pop("attention_mask")  # [B, S]
     rows, length = ids.shape
     # Room for the whole answer at once; without padding no mask is needed, which opens the quickest attention.
-    cache = KVCache(model.config, rows, length + max_new_tokens, device, model.lm_head.weight.dtype)
+    if cache is None:
+        cache = KVCache(model.config, rows, length + max_new_tokens, device, model.lm_head.weight.dtype)
+    inputs["input_ids"] = ids[:, cache.length :]
     mask = None if mask.all() else torch.cat((mask, mask.new_ones(rows, max_new_tokens)), dim=1)
     seen = None
     if sampling.repetition_penalty != 1:
@@ -125,7 +132,10 @@ def stream(
         seen.scatter_(1, ids, True)
     generators = [torch.Generator() for _ in range(rows)]
     for row, generator in enumerate(generators):
-        generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed + row)
+        if sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(sampling.seed[row] if isinstance(sampling.seed, list) else sampling.seed + row)
 
     ended = [False] * rows
     for _ in range(max_new_tokens):
@@ -150,123 +160,65 @@ def generate(
 
 
 # ----------------------------------------------------------------------------------------------- command line
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Answers a question about pictures with Qwen2-VL. The answer goes to stdout, all else to stderr."
-    )
-    add = parser.add_argument
-    add("--image", action="append", default=[], metavar="FILE", help="a picture; repeat for several")
-    add("--prompt", help='the question (default with pictures: "Describe this image.")')
-    add("--system", help="the system message, in place of the default one")
-    add("--model", metavar="FOLDER_OR_NAME", help="a checkpoint folder or hub name (default: the bundled tiny one)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="(default: the checkpoint's)")
-    add("--attention", choices=("auto", "plain", "sdpa", "flash"), default="auto", help="(default: auto)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
-    group = parser.add_argument_group("sampling", "what is not given comes from the model's generation_config.json")
-    group.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token")
-    group.add_argument("--top-k", type=int, metavar="K", help="draw among the K most probable tokens; 0: all")
-    group.add_argument("--top-p", type=float, metavar="P", help="draw among the most probable that sum to P; 1: all")
-    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: avoid what was said; 1: off")
-    group.add_argument("--seed", type=int, help="make sampled answers repeatable")
-    add("--min-pixels", type=int, metavar="N", help="enlarge smaller pictures to at least this area")
-    add("--max-pixels", type=int, metavar="N", help="shrink larger pictures to at most this area")
-    add("--add-vision-id", action="store_true", help='number the pictures for the model ("Picture 1: ")')
-    add("--quiet", action="store_true", help="print nothing but the answer and errors")
-    arguments = parser.parse_args(argv)
-    if arguments.prompt is None and not arguments.image:
-        parser.error("give --image, --prompt, or both")
-    for name in ("max_new_tokens", "min_pixels", "max_pixels"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}, expected 1 or more")
-    return arguments
-
-
-def choose_sampling(arguments: argparse.Namespace, model: Qwen2VL, say: Callable[[str], None]) -> Sampling:
-    """The model's recommended settings with what the command line replaces of them."""
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if given.get("temperature") == 0:
-        given = given | {"temperature": 1.0, "do_sample": False}
-    elif given.keys() & {"temperature", "top_k", "top_p"}:
-        given["do_sample"] = True
-    sampling = replace(Sampling.of_model(model), **given)
-    if sampling.do_sample:
-        values = {name: value for name in names if (value := getattr(sampling, name)) is not None}
-        say("sampling: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-        if sampling.top_k == 1 and given.keys() & {"temperature", "top_p", "seed"}:
-            say("note: top_k is 1 in the model's generation_config.json, which leaves one choice; add --top-k 0")
-    return sampling
-
-
-def peak_memory(device: torch.device) -> str:
-    """The most memory this process has held: on the GPU where it runs there, else in RAM."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {device}"
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return "unknown"
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
-
-
-def answer(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Loads, asks and prints. Raises OSError or ValueError with one sentence for whatever the user can mend."""
+    from extras import command_line
 
     def say(line: str) -> None:
         if not arguments.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    images = [load_image(path) for path in arguments.image]  # first: a wrong path should not wait for the model
-    if arguments.model is None:
-        say(
-            "Using the bundled tiny model, which knows nothing but drawn shapes. "
-            "For photographs and real questions: --model Qwen/Qwen2-VL-2B-Instruct"
-        )
-    folder = find_folder(arguments.model or TINY)
+    single = not (arguments.chat or arguments.batch)
+    folder = find_folder(arguments.model or TINY, weights=not arguments.dry_run)
     processor = Processor.from_pretrained(folder, arguments.min_pixels, arguments.max_pixels)
-    start = time.perf_counter()
-    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    messages, start = command_line.first_messages(arguments), time.perf_counter()
+    batch = processor(messages, add_vision_id=arguments.add_vision_id) if single else None
+    preparing = time.perf_counter() - start  # before the model: a wrong path should not wait for its loading
+    if arguments.dry_run:
+        from extras import dry_run
+
+        return dry_run.run(arguments, folder, processor, batch)
+    for media in batch.media if single else ():
+        say(media.summary(processor.image_config))
+    dtype, start = arguments.dtype and getattr(torch, arguments.dtype), time.perf_counter()
     model = load_model(folder, arguments.device, dtype, arguments.attention)
-    weight, count = model.lm_head.weight, sum(p.numel() for p in model.parameters()) / 1e6
-    say(
-        f"loaded {arguments.model or 'it'}: {count:,.1f} M parameters, {str(weight.dtype).removeprefix('torch.')}, "
-        f"{model.model.attention} attention, on {weight.device}, in {time.perf_counter() - start:.2f} s"
-    )
-    sampling = choose_sampling(arguments, model, say)
+    say(command_line.loaded(arguments, model, time.perf_counter() - start))
+    sampling = command_line.choose_sampling(arguments, model, say)
+    if arguments.chat:
+        from extras import chat
 
-    prompt = "Describe this image." if arguments.prompt is None else arguments.prompt
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": content}]
-    if arguments.system is not None:
-        messages.insert(0, {"role": "system", "content": arguments.system})
-    start = time.perf_counter()
-    batch = processor(messages, add_vision_id=arguments.add_vision_id)
-    side = processor.image_config.patch_size
-    for path, image, (t, h, w) in zip(arguments.image, images, batch.image_grid_thw if images else (), strict=True):
-        say(
-            f"{path}: {image.width}×{image.height} pixels → {w * side}×{h * side} → {w}×{h} patches "
-            f"→ {t * h * w // processor.image_config.merge_size**2} tokens"
-        )
+        return chat.run(arguments, model, processor, sampling, messages)
+    if arguments.batch:
+        from extras import batch_file
 
-    words = StreamDecoder(processor.tokenizer)
-    times = []
-    for (token,) in stream(model, batch, arguments.max_new_tokens, sampling):
-        times.append(time.perf_counter())
-        print(words.push(token), end="", flush=True)
-    print(words.finish(), flush=True)
-    line = f"{batch.input_ids.shape[1]} tokens in, {len(times)} out; first token after {times[0] - start:.2f} s"
-    if len(times) > 1:
-        line += f", then {(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s"
-    say(f"{line}; peak memory {peak_memory(weight.device)}")
+        return batch_file.run(arguments, model, processor, sampling)
+    return answer(arguments, model, processor, batch, sampling, say, preparing)
+
+
+def answer(
+    arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, batch: Batch, sampling: Sampling,
+    say: Callable[[str], None], preparing: float,
+) -> None:  # fmt: skip
+    """Streams the answer to one conversation to stdout; `preparing` is the time in seconds that batch took."""
+    from extras import command_line
+
+    words, times = StreamDecoder(processor.tokenizer), [time.perf_counter() - preparing]
+    with command_line.watching(arguments, model, processor, batch, preparing) as watch:  # what some options want
+        for (token,) in stream(model, batch, arguments.max_new_tokens, sampling):
+            times.append(time.perf_counter())
+            print(words.push(token), end="", flush=True)
+            watch(token)
+        print(words.finish(), flush=True)
+        say(command_line.spent(model, batch, times))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code: 0, or 2 after one sentence on stderr about what was wrong."""
-    arguments = parse_arguments(argv)
+    from extras import command_line
+
+    arguments = command_line.parse_arguments(argv)
     try:
-        answer(arguments)
+        run(arguments)
     except (OSError, ValueError) as error:
         print(f"generate.py: {error}", file=sys.stderr)
         return 2
@@ -277,4 +229,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import generate  # under its name, so that the extras that import it find this very module
+
+    warnings.formatwarning = lambda message, *_: f"generate.py: {message}\n"  # one line, without the code
+    sys.exit(generate.main())

@@ -24,9 +24,10 @@ from qwen2vl import Config, Qwen2VL, VisionConfig
 from tokenizer import read_json
 
 
-def find_folder(name_or_folder: str | Path) -> Path:
+def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
     """A folder as it is; a hub name ("Qwen/Qwen2-VL-2B-Instruct") as the folder of its downloaded snapshot.
 
+    weights: whether they are downloaded with it.
     Raises FileNotFoundError if the name is neither a folder nor a hub name that can be had.
     """
     folder = Path(name_or_folder)
@@ -38,7 +39,7 @@ def find_folder(name_or_folder: str | Path) -> Path:
         raise FileNotFoundError(f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct")
     from extras import hub
 
-    return hub.snapshot(str(name_or_folder))
+    return hub.snapshot(str(name_or_folder), weights)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,14 +6,15 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 
-def snapshot(name: str) -> Path:
+def snapshot(name: str, weights: bool = True) -> Path:
     """The folder of the downloaded snapshot of "Qwen/Qwen2-VL-2B-Instruct" or the like.
 
-    Only safetensors and json files are fetched, with a progress bar on stderr, into HF_HOME. With HF_HUB_OFFLINE=1
-    only what is there already is used. Raises FileNotFoundError that says why the name cannot be had.
+    Only json files and, if wanted, safetensors are fetched, with a progress bar on stderr, into HF_HOME. With
+    HF_HUB_OFFLINE=1 only what is there already is used. Raises FileNotFoundError that says why not.
     """
+    patterns = ["*.safetensors", "*.json"] if weights else ["*.json"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         reason = (
             "the hub cannot be reached (or HF_HUB_OFFLINE is set) and HF_HOME has no earlier download of that name"

@@ -1,6 +1,7 @@
 """`generate.py`: the same tokens as the reference and as a plain re-computation, and a command line that behaves."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import generate as command
+from extras import command_line
 from generate import Sampling, choose, generate, next_token_probabilities, penalise_repetition, stream
 from preprocess import Batch
 
@@ -58,7 +60,7 @@ def without_cache(model, batch, row, tokens):
 def test_64_greedy_tokens_equal_the_reference(shape):
     config, batch = SHAPES[shape], batch_of(SHAPES[shape])
     reference = reference_model(config, random_weights(config, seed=5), attention="sdpa")
-    inputs = {name: torch.from_numpy(value) for name, value in vars(batch).items() if value is not None}
+    inputs = {name: torch.from_numpy(value) for name, value in batch.arrays().items()}
     with torch.no_grad():
         expected = reference.generate(
             **inputs,
@@ -251,6 +253,16 @@ def test_a_seed_repeats_and_another_differs():
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_each_row_may_have_a_seed_of_its_own():
+    """Then what a row says does not depend on which rows stand beside it."""
+    model, batch = model_of("plain"), batch_of(SHAPES["plain"], ([5], [5], [5]))
+    batch.input_ids[:] = batch.input_ids[0]
+    settings = {"do_sample": True, "temperature": 2.0}
+    by_seed = {seed: generate(model, batch, 8, Sampling(**settings, seed=seed))[0] for seed in (7, 3, 9)}
+    assert generate(model, batch, 8, Sampling(**settings, seed=[9, 3, 7])) == [by_seed[9], by_seed[3], by_seed[7]]
+    assert len(set(map(tuple, by_seed.values()))) == 3
+
+
 def test_defaults_come_from_generation_config():
     model = model_of("plain", do_sample=True, temperature=0.5, top_k=3, top_p=0.7, repetition_penalty=1.1)
     assert Sampling.of_model(model) == Sampling(True, 0.5, 3, 0.7, 1.1)
@@ -338,6 +350,26 @@ def test_options_reach_the_model(monkeypatch):
     assert len(batch.image_grid_thw) == 2
 
 
+def test_films_and_pictures_stand_in_the_order_of_the_options(monkeypatch):
+    film = ROOT / "examples" / "crossing.mp4"
+    text, batch, *_ = prompt_of(
+        monkeypatch, "--video", film, "--image", PICTURE, "--video", film, "--nframes", 6, "--add-vision-id"
+    )
+    assert re.findall(r"(Picture|Video) (\d): ", text) == [("Video", "1"), ("Picture", "1"), ("Video", "2")]
+    assert text.endswith("Describe this image.<|im_end|>\n<|im_start|>assistant\n")
+    assert [len(media.timestamps or "") for media in batch.media] == [6, 0, 6]
+    assert batch.video_grid_thw[:, 0].tolist() == [3, 3]
+
+
+def test_frames_a_second_of_a_film_and_its_default_question(monkeypatch):
+    film = ROOT / "examples" / "crossing.mp4"  # 24 frames, 6 a second
+    text, batch, *_ = prompt_of(monkeypatch, "--video", film, "--fps", 4)
+    assert len(batch.media[0].timestamps) == 16
+    assert text.endswith("<|vision_end|>Describe this video.<|im_end|>\n<|im_start|>assistant\n")
+    _, usual, *_ = prompt_of(monkeypatch, "--video", film)
+    assert len(usual.media[0].timestamps) == 8
+
+
 def test_pixel_bounds_reach_the_pictures(monkeypatch):
     _, small, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 56 * 56, "--max-pixels", 84 * 84)
     _, large, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 280 * 280, "--max-pixels", 300 * 300)
@@ -358,8 +390,8 @@ def test_temperature_0_is_greedy_and_a_silent_top_k_of_1_is_said(monkeypatch, ca
     assert not sampling.do_sample
     model = model_of("plain", do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
     said = []
-    arguments = command.parse_arguments(["--prompt", "x", "--temperature", "0.9"])
-    assert command.choose_sampling(arguments, model, said.append) == Sampling(True, 0.9, 1, 0.001)
+    arguments = command_line.parse_arguments(["--prompt", "x", "--temperature", "0.9"])
+    assert command_line.choose_sampling(arguments, model, said.append) == Sampling(True, 0.9, 1, 0.001)
     assert any("add --top-k 0" in line for line in said)
 
 
@@ -402,13 +434,26 @@ def test_what_the_user_got_wrong_is_one_sentence_and_code_2(arguments, sentence,
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--prompt", "x", "--max-new-tokens", "0"], ["--prompt", "x", "--dtype", "int8"]]
+    ("arguments", "said"),
+    [
+        ([], "give --image, --video, --prompt, --chat or --batch"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected 1 or more"),
+        (["--prompt", "x", "--nframes", "0"], "--nframes is 0, expected 1 or more"),
+        (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--prompt", "x", "--draw", "x.png"], "--draw needs exactly one --image, found 0"),
+        (["--image", "x", "--image", "y", "--draw", "x.png"], "--draw needs exactly one --image, found 2"),
+        (["--batch", "x.jsonl"], "--batch and --out go together"),
+        (["--prompt", "x", "--out", "x.jsonl"], "--batch and --out go together"),
+        (["--chat", "--logprobs"], "--chat and --logprobs do not go together"),
+        (["--chat", "--batch", "x.jsonl", "--out", "y.jsonl"], "--chat and --batch do not go together"),
+        (["--batch", "x.jsonl", "--out", "y.jsonl", "--report", "x.html"], "--batch and --report do not go together"),
+    ],
 )
-def test_bad_options_are_argparse_errors(arguments, capsys):
+def test_bad_options_are_argparse_errors(arguments, said, capsys):
     with pytest.raises(SystemExit) as caught:
         command.main(arguments)
     assert caught.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    assert f"error: {said}" in capsys.readouterr().err.replace("argument --dtype: ", "")
 
 
 def test_no_traceback_in_a_real_process(tmp_path):
@@ -416,3 +461,64 @@ def test_no_traceback_in_a_real_process(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines() == ["generate.py: there is no picture at missing.png"]
+
+
+def with_answer(monkeypatch, text):
+    """Makes the model say this."""
+    ids = command.Processor.from_pretrained(command.TINY).tokenizer.encode(text)
+    monkeypatch.setattr(command, "stream", lambda *_: iter([[id] for id in ids]))
+
+
+BOXES = "<|object_ref_start|>the star<|object_ref_end|><|box_start|>(0,500),(100,1000)<|box_end|>"
+
+
+def test_boxes_are_said_in_pixels_of_the_original_and_painted(monkeypatch, capsys, tmp_path):
+    with_answer(monkeypatch, BOXES)
+    picture = tmp_path / "white.png"
+    Image.new("RGB", (300, 200), "white").save(picture)
+    out = tmp_path / "drawn.png"
+    assert command.main(["--image", str(picture), "--draw", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out == "the star(0,500),(100,1000)\n"
+    assert "the star: (0, 100) to (30, 200) (pixels)" in said.err
+    drawn = np.asarray(Image.open(out))
+    assert drawn.shape == (200, 300, 3)
+    assert (drawn[150, 20:35] < 255).any()  # the right edge of the box
+    assert (drawn[:50] == 255).all()
+
+
+def test_boxes_of_several_pictures_stay_on_the_grid(monkeypatch, capsys):
+    with_answer(monkeypatch, BOXES)
+    assert command.main(["--image", str(PICTURE), "--image", str(PICTURE)]) == 0
+    assert "the star: (0, 500) to (100, 1000) (thousandths)" in capsys.readouterr().err
+
+
+def test_an_answer_without_a_box_is_not_painted(monkeypatch, tmp_path):
+    with_answer(monkeypatch, "Four.")
+    with pytest.warns(UserWarning, match=r"the answer has no box, so .*x\.png is not written"):
+        assert command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.png"), "--quiet"]) == 0
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_path_that_cannot_be_painted_to_is_said_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command, "load_model", None)
+    assert command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.nothing")]) == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_log_probabilities_go_to_stderr(capsys):
+    assert command.main(["--image", str(PICTURE), "--logprobs", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    assert "<|im_end|>" in said.err
+    assert "perplexity" in said.err.splitlines()[-1]
+
+
+def test_the_trace_goes_to_stderr_and_the_page_to_its_file(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    assert command.main(["--image", str(PICTURE), "--explain", "--report", str(page), "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1
+    assert "pixel_values" in said.err
+    assert "cache" in said.err
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")

@@ -353,7 +353,9 @@ def test_hub_download_asks_for_weights_and_json_alone(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
     assert find_folder("Qwen/Qwen2-VL-2B-Instruct") == tmp_path
-    assert asked == [(("Qwen/Qwen2-VL-2B-Instruct",), {"allow_patterns": ["*.safetensors", "*.json"]})]
+    assert asked.pop() == (("Qwen/Qwen2-VL-2B-Instruct",), {"allow_patterns": ["*.safetensors", "*.json"]})
+    assert find_folder("Qwen/Qwen2-VL-2B-Instruct", weights=False) == tmp_path  # enough for --dry-run
+    assert asked.pop()[1] == {"allow_patterns": ["*.json"]}
 
 
 def test_offline_mode_finds_an_earlier_download(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import generate as command
+from extras import command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,9 +18,21 @@ COMMANDS = [line for kind, text in BLOCKS if kind == "sh" for line in text.split
 OTHERS = COMMANDS[2:]
 
 
-def run(line):
-    words = [sys.executable if word == ".venv/bin/python" else word for word in shlex.split(line)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def workplace(tmp_path):
+    """A folder that looks like the repository, for commands that write into it."""
+    for path in ROOT.iterdir():
+        if not path.name.startswith("."):
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    return tmp_path
+
+
+def run(line, folder):
+    return subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=folder, capture_output=True, text=True)
 
 
 def test_the_first_two_blocks_are_setup_and_tests():
@@ -31,22 +43,24 @@ def test_the_first_two_blocks_are_setup_and_tests():
 
 
 @pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" not in line])
-def test_each_command_runs(line):
-    done = run(line)
+def test_each_command_runs(line, workplace):
+    done = run(line, workplace)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    assert done.stdout.strip() or "--out" in line
+    if "--out" in line:
+        assert "error" not in (workplace / shlex.split(line)[-1]).read_text()
 
 
 @pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" in line])
 def test_each_command_that_downloads_has_valid_options(line):
     words = shlex.split(line)
     assert words[:2] == [".venv/bin/python", "generate.py"]
-    assert command.parse_arguments(words[2:]).model.startswith("Qwen/")
+    assert command_line.parse_arguments(words[2:]).model.startswith("Qwen/")
 
 
-def test_the_answer_shown_is_the_answer_given():
+def test_the_answer_shown_is_the_answer_given(workplace):
     line, answer = re.search(r"^    \$ (.+)\n    (.+)$", README, flags=re.MULTILINE).groups()
-    assert run(line).stdout.strip() == answer
+    assert run(line, workplace).stdout.strip() == answer
 
 
 def test_the_python_shown_runs():
