@@ -83,3 +83,15 @@ def test_requirements_are_pinned():
         for line in (ROOT / name).read_text().splitlines():
             wanted = line.split("#")[0].strip()
             assert not wanted or wanted.startswith("-r ") or re.fullmatch(r"[\w-]+==[\d.]+", wanted), line
+
+
+def test_the_table_of_ideas_links_to_the_right_lines():
+    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+    assert len(links) > 15
+    wrong = []
+    for name, file, line in links:
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        [right] = [n for n, text in enumerate(lines, 1) if re.match(rf" *(def|class) {name}\b", text)]
+        if right != int(line):
+            wrong.append(f"{name}: {file}#L{right}")
+    assert not wrong
