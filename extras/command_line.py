@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -80,7 +81,11 @@ def first_messages(arguments: argparse.Namespace) -> list[dict]:
     if arguments.draw:
         from extras import boxes
 
-        boxes.check_path(arguments.draw)  # before any work, as the next one
+        boxes.check_path(arguments.draw)  # before any work, as the next ones
+    if arguments.report and not Path(arguments.report).parent.is_dir():
+        raise FileNotFoundError(
+            f"cannot write {arguments.report}: there is no folder {Path(arguments.report).parent}"
+        )
     if arguments.batch:
         from extras import batch_file
 

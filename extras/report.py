@@ -45,8 +45,8 @@ def look(model: Qwen2VL, batch: Batch, ids: list[int], columns: list[int]) -> tu
     → attention weights float32 [L, H, A, T] and logits [A, V], both on the CPU.
     """
     device, length = model.lm_head.weight.device, batch.input_ids.shape[1]
-    arrays = {name: x for name, x in vars(batch).items() if x is not None and name not in ("attention_mask", "media")}
-    inputs = {name: torch.as_tensor(x, device=device) for name, x in arrays.items()}
+    arrays = batch.arrays().items()
+    inputs = {name: torch.as_tensor(x, device=device) for name, x in arrays if name != "attention_mask"}
     answer = torch.tensor([ids[:-1]], dtype=torch.long, device=device)
     inputs["input_ids"] = torch.cat((inputs["input_ids"], answer), dim=1)  # [1, S + A - 1]
     rows = torch.arange(length - 1, length - 1 + len(ids), device=device)

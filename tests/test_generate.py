@@ -504,6 +504,8 @@ def test_a_path_that_cannot_be_painted_to_is_said_before_the_model_is_loaded(mon
     monkeypatch.setattr(command, "load_model", None)
     assert command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.nothing")]) == 2
     assert "cannot write" in capsys.readouterr().err
+    assert command.main(["--image", str(PICTURE), "--report", str(tmp_path / "nowhere" / "x.html")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
 
 
 def test_log_probabilities_go_to_stderr(capsys):
