@@ -258,6 +258,6 @@ def test_an_answer_is_said_in_pixels_and_drawn(monkeypatch, tmp_path, capsys):
     assert generate.main(["--image", str(PICTURE), "--draw", str(tmp_path / "out.png")]) == 0
     out, err = capsys.readouterr()
     assert out == "the red circle(120,340),(560,780)\n"
-    assert "\nthe red circle: (23, 48) to (109, 109)\n" in err
+    assert "\nthe red circle: (23, 48) to (109, 109) (pixels)\n" in err
     with Image.open(PICTURE) as picture, Image.open(tmp_path / "out.png") as drawn:
         assert drawn.tobytes() == draw(picture, [CIRCLE]).tobytes()
