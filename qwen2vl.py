@@ -514,7 +514,8 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, attention: str = "sdpa"):
         super().__init__()
         self.config, self.attention = config, attention
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)  # "meta" would import torch._dynamo to draw it
+        self.embed_tokens = nn.Embedding.from_pretrained(table if table.is_meta else table.normal_(), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.windows = {layer.window for layer in self.layers}  # {None} in the published models
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -422,3 +422,11 @@ def test_what_config_json_leaves_out_has_the_default_of_the_reference():
     assert ours.pop("sliding_window") == 4096  # the reference has it too, and then clears it where it is not used
     for name in ours.keys() - {"rope_scaling", "vision_config"}:
         assert ours[name] == theirs.get(name, text.get(name)), name
+
+
+def test_loading_imports_no_compiler():
+    """torch._dynamo takes longer to import than the bundled model to load and answer."""
+    root = Path(__file__).parent.parent
+    code = "import sys; from load_weights import load_model; load_model('tiny/checkpoint', device='cpu')"
+    code += "; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
