@@ -1,7 +1,7 @@
 """How cost grows with image tokens, context, batch and frames, ours beside transformers 5.23.0: four log-log panels.
 
     python benchmarks/scaling.py                     writes results/scaling.png and .json; takes 20 minutes
-    python benchmarks/scaling.py --shapes tiny --out /tmp/scaling
+    python benchmarks/scaling.py --shapes tiny --out scaling-tiny
 
 On log-log axes a cost that grows with the n-th power of its cause is a line of slope n: 1 for what is done for each
 token, 2 for attention between all of them. A copy too many or a step done again for every token shows as a slope that

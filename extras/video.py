@@ -29,7 +29,6 @@ from fractions import Fraction
 from numbers import Real
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -233,7 +232,7 @@ def given_frames(source: object) -> Sequence | None:
         return source
     if not isinstance(source, str | Path):
         return None
-    folder = unquote(source[len("file://") :]) if str(source).startswith("file://") else source
+    folder = open_media(source) if str(source).startswith("file://") else source
     if str(source).startswith(("http://", "https://", "data:")) or not Path(folder).is_dir():
         return None
     found = (path for path in Path(folder).iterdir() if path.is_file())
