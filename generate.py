@@ -114,7 +114,7 @@ def stream(
     ones. By default one of its own.
     """
     sampling = sampling or Sampling.of_model(model)
-    device = model.lm_head.weight.device
+    device = model.model.norm.weight.device
     ends, pad = end_ids(model), model.generation_config.get("pad_token_id", model.config.pad_token_id)
     pad = min(ends, default=0) if pad is None else pad
 
@@ -123,7 +123,7 @@ def stream(
     rows, length = ids.shape
     # Room for the whole answer at once; without padding no mask is needed, which opens the quickest attention.
     if cache is None:
-        cache = KVCache(model.config, rows, length + max_new_tokens, device, model.lm_head.weight.dtype)
+        cache = KVCache(model.config, rows, length + max_new_tokens, device, model.model.norm.weight.dtype)
     inputs["input_ids"] = ids[:, cache.length :]
     mask = None if mask.all() else torch.cat((mask, mask.new_ones(rows, max_new_tokens)), dim=1)
     seen = None
@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
     for media in batch.media if single else ():
         say(media.summary(processor.image_config))
     dtype, start = arguments.dtype and getattr(torch, arguments.dtype), time.perf_counter()
-    model = load_model(folder, arguments.device, dtype, arguments.attention)
+    model = load_model(folder, arguments.device, dtype, arguments.attention, arguments.quantize)
     say(command_line.loaded(arguments, model, time.perf_counter() - start))
     sampling = command_line.choose_sampling(arguments, model, say)
     if arguments.chat:

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from extras import linear
 from qwen2vl import Config, Qwen2VL, VisionConfig
 from tokenizer import read_json
 
@@ -113,15 +114,14 @@ def parameter_name(name: str) -> str:
 
 
 def load_model(
-    name_or_folder: str | Path,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    attention: str = "auto",
-) -> Qwen2VL:
+    name_or_folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    attention: str = "auto", quantize: str | None = None,
+) -> Qwen2VL:  # fmt: skip
     """The checkpoint as a model in eval mode.
 
     device: by default CUDA where there is one, else the CPU. dtype: by default that of the files.
     attention: "plain", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
+    quantize: "int8" or "int4" keeps the decoder's weight matrices in so many bits.
     Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
     """
     folder = find_folder(name_or_folder)
@@ -138,10 +138,7 @@ def load_model(
         model = Qwen2VL(config)
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
     check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
-    state = {}
-    for name in parameters:
-        shard, key = stored[name]
-        state[name] = shard.get_tensor(key).to(device, dtype)  # the mapped memory itself, unless something changes
+    state = {name: shard.get_tensor(key).to(device, dtype) for name, (shard, key) in stored.items()}
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state[table]
     model.load_state_dict(state, assign=True)
@@ -149,6 +146,7 @@ def load_model(
     model.visual.attention = model.model.attention = choose_attention(attention, device, state[table].dtype)
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_json(folder, "generation_config.json")
+    linear.swap(model, quantize)
     return model.eval()
 
 

@@ -101,7 +101,7 @@ class Chat:
 
     def _keep(self, ids: list[int]) -> int:
         """Cuts the cache back to what it shares with ids, makes room for all and the answer; gives its new length."""
-        config, weight = self.model.config, self.model.lm_head.weight
+        config, weight = self.model.config, self.model.model.norm.weight
         if config.rope_type in ("dynamic", "longrope"):
             from extras import rope_types
 

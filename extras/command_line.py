@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", metavar="FOLDER_OR_NAME", help="a checkpoint folder or hub name (default: the bundled tiny one)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="(default: the checkpoint's)")
+    add("--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits")
     add("--attention", choices=("auto", "plain", "sdpa", "flash"), default="auto", help="(default: auto)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     group = parser.add_argument_group("sampling", "what is not given comes from the model's generation_config.json")
@@ -131,13 +132,12 @@ def peak_memory(device: torch.device) -> str:
 
 def loaded(arguments: argparse.Namespace, model: Qwen2VL, seconds: float) -> str:
     """What was loaded, and how long it took."""
-    weight, count = model.lm_head.weight, sum(p.numel() for p in model.parameters()) / 1e6
-    dtype = str(weight.dtype).removeprefix("torch.")
+    weight, parameters = model.model.norm.weight, list(model.parameters())
+    size, form = f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters", str(weight.dtype)[len("torch.") :]
+    if arguments.quantize:
+        size, form = f"{sum(p.nbytes for p in parameters) / 1e6:,.1f} MB", f"{form}, the decoder {arguments.quantize}"
     name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"
-    line = (
-        f"loaded {name}: {count:,.1f} M parameters, {dtype}, {model.model.attention} attention, on {weight.device}, "
-        f"in {seconds:.2f} s"
-    )
+    line = f"loaded {name}: {size}, {form}, {model.model.attention} attention, on {weight.device}, in {seconds:.2f} s"
     return line if arguments.model else f"{line}\n{TINY_NOTE}"
 
 
@@ -148,7 +148,7 @@ def spent(model: Qwen2VL, batch: Batch, times: list[float]) -> str:
     )
     if len(times) > 2:
         line += f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"
-    return f"{line}; peak memory {peak_memory(model.lm_head.weight.device)}"
+    return f"{line}; peak memory {peak_memory(model.model.norm.weight.device)}"
 
 
 @contextmanager

@@ -7,15 +7,16 @@ the float32 that half precision is widened to here and there (w bytes). The larg
 
     vision tower  in an MLP b·N(3E + 3I): the block's input, that after attention, its norm, and three tensors of the
                   inner width; or turning a key b·6NE + w·3NE, and w·NE more in half precision; or in attention
-                  b·10NE; beside cos and sin w·2ND, and the embedded prompt b·BSC
+                  b·10NE, widened b·8NE + w·4NE; beside cos and sin w·2ND, and the embedded prompt b·BSC
     prefill       in an MLP b·BS(4C + 3I): as above, and the embedded prompt; or turning a query b·BS(7C + 2GD);
-                  or in attention b·BS·5C, plain b·BS·7C; or the logits; beside cos and sin b·2BSD
+                  or in attention b·BS·5C, widened w·BS(2C + 2GD) more, plain b·BS·7C; or the logits; beside
+                  cos and sin b·2BSD
 
-The kernels of sdpa and flash hold no scores. Plain attention holds each of the H scores of a pair of patches or
-tokens two or three times: (b + w) bytes, in half precision (b + 2w); equal slices of a clip are attended at once,
-others in turn. Padding adds masks of BS² bytes, and sdpa a copy of them in its dtype. Not counted: what kernels
-borrow, and what Python, PyTorch and CUDA take for themselves, some hundred MB. On small models in float32, bfloat16
-and float64 the estimate was 0.89 to 1.15 times what was measured.
+On the CPU sdpa widens half precision to float32. The kernels of sdpa and flash hold no scores. Plain attention holds
+each of the H scores of a pair of patches or tokens two or three times: (b + w) bytes, in half precision (b + 2w);
+equal slices of a clip are attended at once, others in turn. Padding adds masks of BS² bytes, and sdpa a copy of them
+in its dtype. Not counted: what kernels borrow, and what Python, PyTorch and CUDA take for themselves, some hundred
+MB. On small models in float32, bfloat16 and float64 the estimate was 0.89 to 1.15 times what was measured.
 
 Letters as in `qwen2vl.py`; I is the inner width of either MLP.
 """
@@ -30,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from extras import batch_file, command_line
+from extras import batch_file, command_line, linear
 from load_weights import choose_attention, find_device, load_config, open_shard, weight_files
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
@@ -83,7 +84,7 @@ def run(arguments: argparse.Namespace, folder: Path, processor: Processor, batch
             most = need(batch)
     if not most:
         print("there is no conversation to count")
-    print("\n".join(memory_lines({"weights": weights(config, dtype)} | most)))
+    print("\n".join(memory_lines({"weights": weights(config, dtype, arguments.quantize)} | most)))
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
@@ -123,10 +124,13 @@ def prompt_lines(batch: Batch, config: Config, max_new_tokens: int) -> list[str]
     ]
 
 
-def weights(config: Config, dtype: torch.dtype) -> tuple[int, str]:
+def weights(config: Config, dtype: torch.dtype, quantize: str | None = None) -> tuple[int, str]:
     with torch.device("meta"):
-        count = sum(p.numel() for p in Qwen2VL(config).parameters())  # a tied head once
-    return count * dtype.itemsize, f"{count / 1e6:,.1f} M parameters in {str(dtype).removeprefix('torch.')}"
+        model = Qwen2VL(config).to(dtype)
+    count = sum(p.numel() for p in model.parameters())  # a tied head once
+    linear.swap(model, quantize)
+    name = str(dtype).removeprefix("torch.") + (f", the decoder's in {quantize}" if quantize else "")
+    return sum(p.nbytes for p in model.parameters()), f"{count / 1e6:,.1f} M parameters in {name}"
 
 
 def memory(
@@ -136,7 +140,7 @@ def memory(
     rows, length = batch.input_ids.shape
     cache = KVCache(config, rows, length + max_new_tokens, torch.device("meta"), dtype)  # as in `generate.stream`
     sizes = {"cache": (cache.keys.nbytes + cache.values.nbytes, f"{rows} × {length + max_new_tokens:,} tokens")}
-    prefill = prefill_peak(config, rows, length, not batch.attention_mask.all(), dtype, way)
+    prefill = prefill_peak(config, rows, length, not batch.attention_mask.all(), dtype, way, device)
     if not batch.media:
         return sizes | {"activations": (prefill, f"of the prefill, {way} attention; an estimate")}
     given = [(batch.pixel_values, batch.image_grid_thw), (batch.pixel_values_videos, batch.video_grid_thw)]
@@ -144,7 +148,7 @@ def memory(
     pixels = sum(pixels.nbytes for pixels, _ in given)
     copies = (2, "as read and as joined") if device.type == "cpu" else (1, "on the GPU")
     embedded = rows * length * config.hidden_size * dtype.itemsize
-    vision = embedded + max(vision_peak(config, grid, dtype, way) for _, grid in given)
+    vision = embedded + max(vision_peak(config, grid, dtype, way, device) for _, grid in given)
     peaks = f"vision tower {vision / 1e6:,.1f}, prefill {prefill / 1e6:,.1f}, {way} attention; an estimate"
     return sizes | {"pixels": (copies[0] * pixels, copies[1]), "activations": (max(vision, prefill), peaks)}
 
@@ -164,7 +168,12 @@ def score_bytes(dtype: torch.dtype, way: str) -> int:
     return b + w + w * (b < w) if way == "plain" else 0
 
 
-def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: str) -> int:
+def widened_bytes(dtype: torch.dtype, way: str, device: torch.device) -> int:
+    """What one element takes that sdpa widens before attention."""
+    return 4 if way == "sdpa" and device.type == "cpu" and dtype.itemsize < 4 else 0
+
+
+def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: str, device: torch.device) -> int:
     """Bytes alive at once in the vision tower, beside its weights and the pixels."""
     vision, b, w = config.vision_config, dtype.itemsize, max(dtype.itemsize, 4)
     E, H, inner = vision.embed_dim, vision.num_heads, int(vision.embed_dim * vision.mlp_ratio)
@@ -173,18 +182,23 @@ def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: s
     columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     mlp = b * N * (3 * E + 3 * inner)
     turning = b * 6 * N * E + w * (3 + (b < w)) * N * E
-    attention = b * 10 * N * E + score_bytes(dtype, way) * H * together * max(slices) ** 2
+    wide = widened_bytes(dtype, way, device)
+    attention = (b * (8 if wide else 10) + wide * 4) * N * E
+    attention += score_bytes(dtype, way) * H * together * max(slices) ** 2
     embedding = b * N * (E + columns * (b != 4))  # the pixels are float32
     return max(max(mlp, turning, attention) + w * 2 * N * E // H, embedding)
 
 
-def prefill_peak(config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str) -> int:
+def prefill_peak(
+    config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str, device: torch.device
+) -> int:
     """Bytes alive at once in the decoder while it reads the prompt, beside its weights, its cache and the pixels."""
     b, w, C, D = dtype.itemsize, max(dtype.itemsize, 4), config.hidden_size, config.head_dim
     tokens, mask = rows * length, rows * length**2 * padded
     mlp = b * tokens * (4 * C + 3 * config.intermediate_size)
     turning = b * tokens * (7 * C + 2 * config.num_key_value_heads * D)
     attention = b * (tokens * 5 * C + mask)
+    attention += widened_bytes(dtype, way, device) * tokens * 2 * (C + config.num_key_value_heads * D)
     if way == "plain":
         attention = b * tokens * 7 * C + score_bytes(dtype, way) * rows * config.num_attention_heads * length**2
     logits = b * tokens * 2 * C + (b + w) * rows * config.vocab_size

@@ -1,0 +1,229 @@
+"""The CPU's linear layers: every kernel gives the plain product, and fewer bits cost no more than they must."""
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SHAPES, make_batch, our_config, our_model, random_row, random_weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import generate
+from extras import linear
+from extras.linear import MANY, CPULinear, Int4Linear, Int8Linear
+from generate import TINY
+from load_weights import load_model, save_model
+from preprocess import Processor
+from qwen2vl import Qwen2VL
+
+HALVES = [torch.bfloat16, torch.float16]
+# Largest error, as a share of the largest output: rounding of the inputs' dtype, once more for the output.
+LIMITS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def layer(inputs, outputs, bias=True, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs, bias).to(dtype)
+
+
+def error(found, wanted):
+    return ((found.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+def wanted(plain, x):
+    """The layer's output in float64."""
+    bias = None if plain.bias is None else plain.bias.double()
+    return F.linear(x.double(), plain.weight.double(), bias)
+
+
+# --------------------------------------------------------------------------------------------- the right kernel
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 5), (1, MANY), (7, 33)], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_every_dtype_and_number_of_rows_gives_the_plain_product(dtype, shape, bias):
+    plain = layer(48, 37, bias, dtype)
+    x = torch.randn(*shape, 48).to(dtype)
+    found = linear.product(x, plain.weight.detach(), None if plain.bias is None else plain.bias.detach())
+    assert found.dtype == dtype
+    assert found.shape == (*shape, 37)
+    assert error(found, wanted(plain, x)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_a_processor_without_half_products_widens_many_rows_and_no_fewer(dtype, monkeypatch):
+    widened = []
+    monkeypatch.setattr(linear, "has_half_products", lambda dtype: False)
+    monkeypatch.setattr(linear, "onednn_float32", lambda x, *more: widened.append(len(x)) or F.linear(x, *more))
+    plain = layer(48, 37, dtype=dtype)
+    with torch.no_grad():
+        for rows in (1, 2, MANY - 1, MANY, 100):
+            x = torch.randn(rows, 48).to(dtype)
+            found = linear.product(x, plain.weight, plain.bias)
+            assert found.dtype == dtype
+            assert error(found, wanted(plain, x)) < LIMITS[dtype]
+    assert widened == [MANY, 100]
+    monkeypatch.setattr(linear, "has_half_products", lambda dtype: True)
+    linear.product(x, plain.weight, plain.bias)
+    assert widened == [MANY, 100]
+
+
+def test_a_row_alone_is_multiplied_without_onednn_which_is_on_again_after(monkeypatch):
+    seen, multiply = [], F.linear
+
+    def watched(*arguments):
+        seen.append(torch.backends.mkldnn.enabled)
+        return multiply(*arguments)
+
+    monkeypatch.setattr(F, "linear", watched)
+    x, weight = torch.randn(2, 48).bfloat16(), torch.randn(37, 48).bfloat16()
+    linear.product(x, weight)
+    linear.product(x[:1], weight)
+    assert seen == [True, False]
+    assert torch.backends.mkldnn.enabled
+    with pytest.raises(RuntimeError, match="shape"):
+        linear.product(x[:1, :5], weight)
+    assert torch.backends.mkldnn.enabled
+
+
+def test_gradients_are_pytorchs_own():
+    model = load_model(TINY, "cpu", torch.float32)
+    chosen = model.model.layers[0].mlp.up_proj
+    assert isinstance(chosen, CPULinear)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert chosen.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_of_these_layers_computes_what_the_plain_one_does(shape):
+    plain = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
+    quick = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
+    linear.swap(quick, None)
+    kinds = {type(module) for module in quick.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {CPULinear}
+    inputs = make_batch([random_row(SHAPES[shape], [3, ("image", 2, 3), 5]), random_row(SHAPES[shape], [4])])
+    with torch.no_grad():
+        assert helpers.gap(quick(**inputs), plain(**inputs)) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------- fewer bits
+@given(st.integers(1, 600), st.sampled_from([1, 7, 32, 100]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+def test_eight_bits_are_half_a_step_from_the_weights(outputs, inputs, size):
+    plain = layer(inputs, outputs, seed=outputs)
+    with torch.no_grad():
+        plain.weight *= size
+        plain.weight[0] = 0
+    quantised = Int8Linear(plain)
+    assert quantised.weight.dtype == torch.int8
+    assert quantised.weight.shape == plain.weight.shape
+    step = quantised.scale.float()[:, None]
+    off = (quantised.weight * step - plain.weight).abs()
+    # Half a step; and as bfloat16 may round the scale down by 1/512, the largest weight lies 127/512 of one beyond.
+    assert (off <= 0.76 * step).all()
+    assert (quantised.weight[0] == 0).all()
+    assert (quantised.scale > 0).all()
+
+
+@given(st.integers(1, 600), st.sampled_from([32, 96]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+def test_four_bits_are_about_half_a_step_from_the_weights(outputs, inputs, size):
+    plain = layer(inputs, outputs, bias=False, seed=outputs)
+    with torch.no_grad():
+        plain.weight *= size
+        plain.weight[0] = size  # a row without a step
+    quantised = Int4Linear(plain)
+    identity = torch.eye(inputs)
+    found = quantised(identity).T  # the weights as the kernel sees them
+    step = quantised.scale[:, :outputs, 0].float().T.repeat_interleave(Int4Linear.GROUP, dim=1)
+    assert found.shape == plain.weight.shape
+    # Beside half a step: the offset, up to 8 steps from 0 and more, is rounded to 8 bits, and so is the output.
+    assert ((found - plain.weight).abs() <= 0.5 * step + plain.weight.abs().max() / 128).all()
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.015), (Int4Linear, 0.12)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, MANY), (2, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_of_fewer_bits_is_near_the_plain_one(kind, limit, rows, dtype):
+    plain = layer(64, 37, dtype=dtype)
+    x = torch.randn(*rows, 64).to(dtype)
+    with torch.no_grad():
+        found = kind(plain)(x)
+    assert found.dtype == dtype
+    assert found.shape == (*rows, 37)
+    assert error(found, wanted(plain, x)) < limit
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_few_rows_and_many_agree(kind):
+    quantised, x = kind(layer(64, 37, dtype=torch.bfloat16)), torch.randn(40, 64).bfloat16()
+    with torch.no_grad():
+        one_by_one = torch.cat([quantised(row[None]) for row in x])
+        assert error(one_by_one, quantised(x)) < LIMITS[torch.bfloat16]
+
+
+def test_int4_says_which_layer_it_cannot_cut_into_groups():
+    with pytest.raises(ValueError, match="whole groups of 32 inputs, found one of 48"):
+        Int4Linear(layer(48, 32))
+
+
+# ------------------------------------------------------------------------------------------------- whole models
+@pytest.fixture(scope="module")
+def shapes_batch():
+    processor = Processor.from_pretrained(TINY)
+    content = [{"type": "image", "image": "examples/shapes.png"}, {"type": "text", "text": "Describe the image."}]
+    return processor([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(("quantize", "cosine"), [("int8", 0.999), ("int4", 0.99)])
+def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, cosine, shapes_batch):
+    model, small = load_model(TINY, "cpu", torch.float32), load_model(TINY, "cpu", quantize=quantize)
+    inputs = {name: torch.as_tensor(array) for name, array in shapes_batch.arrays().items()}
+    with torch.inference_mode():
+        logits, found = model(**inputs), small(**inputs)
+    assert found.dtype == torch.bfloat16
+    words = slice(-4, None)  # those of the question; what a place of the picture predicts, nobody trained
+    assert torch.cosine_similarity(logits[:, words].double(), found[:, words].double(), dim=-1).min() > cosine
+    assert generate.generate(small, shapes_batch) == generate.generate(model, shapes_batch)
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
+def test_decoder_and_head_are_quantised_and_the_vision_tower_is_not(quantize, kind):
+    model = load_model(TINY, "cpu", quantize=quantize)
+    kinds = {name: type(module) for name, module in model.named_modules() if hasattr(module, "bias")}
+    assert kinds["lm_head"] == kinds["model.layers.0.self_attn.q_proj"] == kind
+    assert kinds["visual.blocks.0.mlp.fc1"] == kinds["visual.merger.mlp.2"] == CPULinear
+    assert all(type(module) is not nn.Linear for module in model.modules())
+
+
+def test_an_unknown_way_to_quantise_is_refused():
+    with pytest.raises(ValueError, match="quantize is 'int3', expected 'int8', 'int4' or None"):
+        load_model(TINY, "cpu", quantize="int3")
+
+
+def test_a_quantised_model_cannot_be_taken_for_a_checkpoint(tmp_path):
+    save_model(load_model(TINY, "cpu", quantize="int8"), tmp_path)
+    with pytest.raises(ValueError, match=r"not part of this model: lm_head\.scale"):
+        load_model(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_the_command_line_quantises_and_says_how_much_is_held(quantize, capsys):
+    options = ["--image", "examples/shapes.png", "--prompt", "Describe the image.", "--quantize", quantize]
+    assert generate.main([*options, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("A green square at the top right")
+    assert f"MB, bfloat16, the decoder {quantize}, sdpa attention, on cpu" in printed.err
+    held = sum(p.nbytes for p in load_model(TINY, "cpu", quantize=quantize).parameters())
+    assert f": {held / 1e6:,.1f} MB, " in printed.err
+    assert generate.main([*options, "--dry-run", "--device", "cpu"]) == 0
+    assert (
+        f"{held / 1e6:,.1f} MB  2.8 M parameters in bfloat16, the decoder's in {quantize}" in capsys.readouterr().out
+    )
+
+
+def test_swapping_needs_no_memory_on_the_meta_device():
+    with torch.device("meta"):
+        model = Qwen2VL(our_config(SHAPES["plain"]))
+    linear.swap(model, "int8")
+    assert model.lm_head.weight.dtype == torch.int8
+    assert model.lm_head.weight.is_meta
+    assert type(model.visual.blocks[0].mlp.fc1) is nn.Linear
