@@ -183,14 +183,16 @@ def run(arguments: argparse.Namespace) -> None:
     dtype, start = arguments.dtype and getattr(torch, arguments.dtype), time.perf_counter()
     model = load_model(folder, arguments.device, dtype, arguments.attention, arguments.quantize)
     say(command_line.loaded(arguments, model, time.perf_counter() - start))
+    if arguments.cuda_graph:
+        from extras import cuda_graph
+
+        cuda_graph.use(model)
     sampling = command_line.choose_sampling(arguments, model, say)
-    if arguments.chat:
-        from extras import chat
+    if not single:
+        from extras import batch_file, chat
 
-        return chat.run(arguments, model, processor, sampling, messages)
-    if arguments.batch:
-        from extras import batch_file
-
+        if arguments.chat:
+            return chat.run(arguments, model, processor, sampling, messages)
         return batch_file.run(arguments, model, processor, sampling)
     return answer(arguments, model, processor, batch, sampling, say, preparing)
 

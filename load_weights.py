@@ -125,14 +125,12 @@ def load_model(
     Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
     """
     folder = find_folder(name_or_folder)
-    config, files = load_config(folder), weight_files(folder)
-    device = find_device(device)
-    shards = [open_shard(path) for path in files]
+    config, device = load_config(folder), find_device(device)
+    shards = [open_shard(path) for path in weight_files(folder)]
     stored = {parameter_name(key): (shard, key) for shard in shards for key in shard.keys()}  # noqa: SIM118
     table = "model.embed_tokens.weight"
     if config.tie_word_embeddings and "lm_head.weight" in stored:  # one tensor serves both, under either name
         stored.setdefault(table, stored.pop("lm_head.weight"))
-        stored.pop("lm_head.weight", None)
 
     with torch.device("meta"):
         model = Qwen2VL(config)

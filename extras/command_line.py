@@ -39,6 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("bfloat16", "float16", "float32", "float64"), help="(default: the checkpoint's)")
     add("--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits")
     add("--attention", choices=("auto", "plain", "sdpa", "flash"), default="auto", help="(default: auto)")
+    flag("--cuda-graph", help="record the decode step as a CUDA graph and replay it")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     group = parser.add_argument_group("sampling", "what is not given comes from the model's generation_config.json")
     group.add_argument("--temperature", type=float, metavar="T", help="0: always the most probable token")
@@ -69,6 +70,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch", *single) if arguments.chat else single if arguments.batch else ():
         if getattr(arguments, name):
             parser.error(f"--{'chat' if arguments.chat else 'batch'} and --{name} do not go together")
+    for name in ("logprobs", "explain", "report") if arguments.cuda_graph else ():  # a replay calls no hooks
+        if getattr(arguments, name):
+            parser.error(f"--cuda-graph and --{name} do not go together")
     if bool(arguments.batch) != bool(arguments.out):
         parser.error("--batch and --out go together")
     for name in ("max_new_tokens", "min_pixels", "max_pixels", "nframes", "batch_size"):

@@ -1,5 +1,9 @@
-"""What the README shows is run: its commands, its Python, its links and the answer that it prints."""
+"""What the README shows is run: its commands, its Python, its links and the answer; its figures are held to their
+sources."""
 
+import importlib
+import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from extras import command_line
+from qwen2vl import Config, KVCache, Qwen2VL, VisionConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,8 +53,11 @@ def test_each_command_runs(line, workplace):
     done = run(line, workplace)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() or "--out" in line
-    if "--out" in line:
-        assert "error" not in (workplace / shlex.split(line)[-1]).read_text()
+    assert "--explain" not in line or "\nPOSITIONS " in done.stderr
+    for option, name in re.findall(r"(--out|--report) (\S+)", line):
+        written = (workplace / name).read_text(encoding="utf-8")
+        assert written
+        assert option != "--out" or "error" not in written
 
 
 @pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" in line])
@@ -70,7 +79,7 @@ def test_the_python_shown_runs():
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "tiny/README.md", "notebooks/README.md", "benchmarks/README.md"])
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -79,7 +88,7 @@ def test_links_lead_to_files(page):
 
 
 def test_requirements_are_pinned():
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-notebooks.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             wanted = line.split("#")[0].strip()
             assert not wanted or wanted.startswith("-r ") or re.fullmatch(r"[\w-]+==[\d.]+", wanted), line
@@ -95,3 +104,92 @@ def test_the_table_of_ideas_links_to_the_right_lines():
         if right != int(line):
             wrong.append(f"{name}: {file}#L{right}")
     assert not wrong
+
+
+def test_the_table_of_ideas_names_what_the_reference_has():
+    pytest.importorskip("transformers")
+    names = ("models.qwen2_vl.modeling_qwen2_vl", "models.qwen2_vl.image_processing_pil_qwen2_vl", "generation.utils")
+    source = "".join(inspect.getsource(importlib.import_module(f"transformers.{name}")) for name in names)
+    rows = re.findall(r"^\| .*\.py#L\d+\).* \| (.*) \|$", README, flags=re.MULTILINE)
+    assert len(rows) > 10
+    named = [part for row in rows if not row.startswith("none") for part in re.findall(r"`([\w.]+)`", row)]
+    parts = {part for name in named if not name.endswith(".json") for part in name.split(".")}
+    assert [part for part in parts if not re.search(rf"\b{part}\b", source)] == []
+
+
+# --------------------------------------------------------------------------------------------------- the figures
+PUBLISHED = {
+    "2B": Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True, vision_config=VisionConfig(hidden_size=1536),
+    ),
+    "7B": Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vision_config=VisionConfig(hidden_size=3584),
+    ),
+    "72B": Config(
+        vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vision_config=VisionConfig(hidden_size=8192),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_memory_of_the_published_checkpoints_is_that_of_their_shapes(size):
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Qwen2VL(PUBLISHED[size]).parameters())
+        cache = KVCache(PUBLISHED[size], rows=1, max_length=1000, dtype=torch.bfloat16)
+    room = cache.keys.nbytes + cache.values.nbytes
+    row = f"-{size}-Instruct` | {count / 1e9:.1f} billion | {2 * count / 1e9:.1f} GB | {room / 1e6:.0f} MB |"
+    assert row in README
+
+
+def words_of(path):
+    """Words, names and numbers that a reader meets in a file; of a notebook in its cells, without outputs."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    return len(re.findall(r"\w+", text))
+
+
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("notebooks/README.md", 6)])
+def test_the_minutes_are_words_at_the_speed_that_is_stated(page, count):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    [speed] = re.findall(r"at (\d+) a\s+minute", text)
+    told = re.findall(r"^\| \[.+?\]\((\w+\.\w+)\) \|.*\| (\d+)(?: minutes)? \|$", text, flags=re.MULTILINE)
+    assert len(told) == count
+    right = {name: words_of((ROOT / page).parent / name) / int(speed) for name, _ in told}
+    wrong = {name: f"{minutes} minutes, now {right[name]:.1f}" for name, minutes in told
+             if abs(right[name] - int(minutes)) > max(1, right[name] / 10)}  # fmt: skip
+    assert not wrong
+
+
+def speed_table(found):
+    """The README's table from what `benchmarks/compare.py` measured."""
+    names = (
+        "vision tower",
+        "prefill",
+        "decode, batch 1",
+        "decode, batch 8",
+        "cold start to first token",
+        "peak memory",
+    )
+    lines = ["| what | bfloat16 | of the ceiling | float32 | of the ceiling | apart |", "|---|---|---|---|---|---|"]
+    for name in names:
+        rows = [row for row in found["rows"] if row["metric"] == name]
+        half, full = (next(row for row in rows if row["dtype"] == dtype) for dtype in ("bfloat16", "float32"))
+        cells = [name]
+        for row in (half, full):
+            share = row["ours_of_ceiling"]
+            cells += [f"{row['ratio']:.2f}×", "—" if share is None else f"{100 * share:.0f} %"]
+        lines.append(f"| {' | '.join(cells)} | {100 * max(half['spread'], full['spread']):.0f} % |")
+    return "\n".join(lines)
+
+
+def test_the_speed_table_has_the_figures_of_the_last_run():
+    found = json.loads((ROOT / "benchmarks/results/2b-cpu.json").read_text(encoding="utf-8"))
+    section = README.split("## How fast it is")[1].split("\n## ")[0]
+    [told] = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    assert told.strip() == speed_table(found), f"it should be\n\n{speed_table(found)}"
+    assert f"a {found['machine']['cores']}-core CPU" in section
+    assert f"transformers {found['machine']['versions']['transformers']}" in section
