@@ -45,12 +45,16 @@ def model_config(shapes: str) -> Config:
     return Config(**text, vision_config=VisionConfig(**vision))
 
 
+def cache_folder() -> Path:
+    """Where large files are kept between runs, in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2-vl-benchmarks"
+
+
 def find_checkpoint(shapes: str) -> Path:
     """The checkpoint folder of these shapes, made on first use in the user's cache folder (2b: 4.4 GB)."""
     if SHAPES[shapes] is None:
         return ROOT / "tiny" / "checkpoint"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "qwen2-vl-benchmarks" / f"random-{shapes}"
+    folder = cache_folder() / f"random-{shapes}"
     if not folder.is_dir():
         print(f"making a random checkpoint once: {folder}", file=sys.stderr, flush=True)
         unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")  # a stop must not leave half a checkpoint
@@ -87,7 +91,8 @@ def make_checkpoint(config: Config, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- inputs
 def tasks(shapes: str) -> dict[str, dict]:
-    """The questions that are measured. A picture of 736 tokens among 32 of text; short texts side by side; a film."""
+    """The questions that are measured. A picture of 736 tokens among 32 of text; short texts side by side; a film;
+    and as many words as the picture's prompt has tokens, which is what llama.cpp is asked."""
     if shapes == "tiny":
         sizes = {"picture": ("image", 1, 4, 6), "video": ("video", 2, 4, 4), "text": 8, "rows": 2, "new": 4}
     else:
@@ -98,6 +103,7 @@ def tasks(shapes: str) -> dict[str, dict]:
         "picture": {"rows": [[10, sizes["picture"], 20]], "new_tokens": sizes["new"] + 1},
         "batch": {"rows": [[sizes["text"]]] * sizes["rows"], "new_tokens": sizes["new"] + 1},
         "video": {"rows": [[10, sizes["video"], 20]], "new_tokens": 1},
+        "llama": {"rows": [[32 + math.prod(sizes["picture"][1:])]], "new_tokens": sizes["new"] + 1},
     }
 
 
@@ -146,7 +152,7 @@ def task_size(task: dict) -> tuple[int, int, list[tuple]]:
     return len(task["rows"]), tokens, media
 
 
-def vision_work(config: Config, media: list[tuple], itemsize: int) -> tuple[float, float]:
+def vision_work(config: Config, media: list[tuple], itemsize: float) -> tuple[float, float]:
     """FLOP and bytes of the vision tower."""
     vision, merged = config.vision_config, config.vision_config.spatial_merge_size**2
     E, inner = vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)
@@ -158,15 +164,18 @@ def vision_work(config: Config, media: list[tuple], itemsize: int) -> tuple[floa
     return flop, itemsize * (columns * E + vision.depth * block + merger)
 
 
-def decoder_work(config: Config, rows: int, new: int, cached: int, itemsize: int) -> tuple[float, float]:
-    """FLOP and bytes of the decoder for `new` tokens a row behind `cached` ones, with the scores of the last."""
+def decoder_work(config: Config, rows: int, new: int, cached: int, itemsize: float) -> tuple[float, float]:
+    """FLOP and bytes of the decoder for `new` tokens a row behind `cached` ones, with the scores of the last.
+
+    itemsize: bytes of a weight, and, if they are two at least, of a cached number: the cache is never quantised.
+    """
     C, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
     layer = 2 * C**2 + 2 * C * shared + 3 * C * config.intermediate_size
     looks = new * cached + new * (new + 1) / 2
     weights = config.num_hidden_layers * layer + C * config.vocab_size
     flop = 2 * rows * (new * config.num_hidden_layers * layer + C * config.vocab_size)
     flop += config.num_hidden_layers * 4 * C * rows * looks
-    return flop, itemsize * (weights + config.num_hidden_layers * 2 * rows * cached * shared)
+    return flop, itemsize * weights + max(itemsize, 2) * config.num_hidden_layers * 2 * rows * cached * shared
 
 
 def products(config: Config, task: dict) -> dict[str, list[tuple[int, int, int, int]]]:
@@ -184,12 +193,14 @@ def products(config: Config, task: dict) -> dict[str, list[tuple[int, int, int, 
     }
 
 
-def held_bytes(config: Config, rows: int, tokens: int, itemsize: int) -> int:
-    """Bytes of all weights and of a cache of so many tokens a row."""
+def held_bytes(config: Config, rows: int, tokens: int, itemsize: float) -> float:
+    """Bytes of all weights and of a cache of so many tokens a row. Below two, itemsize is the decoder's weights'."""
     import torch
 
     from qwen2vl import KVCache, Qwen2VL
 
     with torch.device("meta"):
         cache, model = KVCache(config, rows, tokens), Qwen2VL(config)
-    return itemsize * (sum(p.numel() for p in model.parameters()) + cache.keys.numel() + cache.values.numel())
+    numbers = sum(p.numel() for p in model.visual.parameters()) + cache.keys.numel() + cache.values.numel()
+    decoder = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("visual."))
+    return itemsize * decoder + max(itemsize, 2) * numbers

@@ -1,7 +1,8 @@
 """How fast this code is beside transformers 5.23.0, and beside what the machine can do at all.
 
-    python benchmarks/compare.py                     the 2B model's shapes, float32 and bfloat16; takes half an hour
+    python benchmarks/compare.py                     the 2B model's shapes, in three dtypes; takes half an hour
     python benchmarks/compare.py --shapes tiny       the bundled checkpoint, to see the ruler itself at work
+    python benchmarks/compare.py --sections llama    the decoder beside llama.cpp, with llama-cpp-python installed
 
 Both sides answer the same questions with the same weights and the same number of threads, each in a fresh process,
 one process at a time, in turns. A run that something else disturbed is repeated, and does not count if it still is.
@@ -12,6 +13,7 @@ what each line means and holds the last table. Exit code 0, or 1 if logits diffe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -25,12 +27,14 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine
+from benchmarks import llama, machine
 from benchmarks.checkpoint import (
     SHAPES,
+    cache_folder,
     decoder_work,
     find_checkpoint,
     held_bytes,
+    make_batch,
     products,
     task_size,
     tasks,
@@ -42,8 +46,14 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("ours", "transformers")
-SECTIONS = ("picture", "cold", "batch", "video")
+SECTIONS = ("picture", "cold", "batch", "video", "llama")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Formats that transformers is not measured in: our quantised weights, and llama.cpp's. Bytes of a weight, and how
+# like our float32 logits theirs have to be: random weights lose most, as nothing in them repeats itself. int4 has a
+# scale and an offset for 32 weights, Q8_0 a scale.
+QUANTISED = {"int8": 1, "int4": 0.5 + 4 / 32}
+BYTES = ITEMSIZE | QUANTISED | {"F16": 2, "Q8_0": 1 + 2 / 32}
+COSINES = {"int8": 0.998, "int4": 0.9, "F16": 0.999, "Q8_0": 0.999}
 Record = dict  # what a worker reported of one task, and the load meanwhile
 
 
@@ -53,12 +63,13 @@ def run_worker(job: dict, threads: int) -> list[Record]:
 
     Raises RuntimeError with the end of what the process said, if it fails.
     """
-    for file in Path(job.get("checkpoint", HERE)).glob("*.safetensors"):  # into memory: the disk is not measured
+    weights = [Path(job["gguf"])] if "gguf" in job else Path(job.get("checkpoint", HERE)).glob("*.safetensors")
+    for file in weights:  # into memory: the disk is not measured
         with file.open("rb") as opened:
             while opened.read(1 << 24):
                 pass
     settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, str(HERE / "workers.py")]
+    command = [job.get("python", sys.executable), str(HERE / "workers.py")]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         start = time.monotonic()
         process = subprocess.Popen([*command, json.dumps(job | {"start": start, "threads": threads})],
@@ -102,6 +113,31 @@ def run_quietly(job: dict, options: argparse.Namespace, say: Callable[[str], Non
     return kept
 
 
+def peer_of(task: str, dtype: str) -> tuple[str, str] | None:
+    """Who is measured beside ours, and in which format; None where transformers has none."""
+    if task == "llama":
+        return "llama.cpp", "Q8_0" if dtype in QUANTISED else "F16"
+    return None if dtype in QUANTISED else ("transformers", dtype)
+
+
+def question_jobs(options: argparse.Namespace, chosen: dict[str, dict], common: dict, config: Config) -> list[dict]:
+    """A job for each side and format: the tasks that it is asked."""
+    jobs = []
+    for dtype in options.dtypes:
+        mine = {name: task for name, task in chosen.items() if not (name == "video" and dtype in QUANTISED)}
+        theirs = {name: task for name, task in mine.items() if peer_of(name, dtype) == ("transformers", dtype)}
+        for side, asked in zip(SIDES, (mine, theirs), strict=True):
+            if asked:
+                jobs.append(common | {"kind": "questions", "side": side, "dtype": dtype, "tasks": asked})
+    if task := chosen.get("llama"):
+        asked = {"llama": task | {"ids": make_batch(config, task["rows"]).input_ids[0].tolist()}}
+        for form in dict.fromkeys(peer_of("llama", dtype)[1] for dtype in options.dtypes):
+            gguf = llama.find_gguf(Path(common["checkpoint"]), form, cache_folder())
+            more = {"kind": "llama", "side": "llama.cpp", "dtype": form, "tasks": asked}
+            jobs.append(common | more | {"gguf": str(gguf), "python": options.llama_python})
+    return jobs
+
+
 def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict:
     """All processes, repetition by repetition; what is known so far is written after each."""
     from load_weights import load_config
@@ -120,8 +156,11 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
     }
     common = {"checkpoint": str(folder), "device": options.device}
     size = {"megabytes": 16, "budget": 0.05} if options.shapes == "tiny" else {"megabytes": 1024, "budget": 1.5}
-    ceilings = {"kind": "ceilings", "device": options.device, "dtypes": sorted({"float32", *options.dtypes}), **size}
+    widened = {"bfloat16" if dtype in QUANTISED else dtype for dtype in options.dtypes}
+    ceilings = {"kind": "ceilings", "device": options.device, "dtypes": sorted({"float32", *widened}), **size}
     ceilings["shapes"] = products(config, questions["picture"])
+    if unlike := [name for name in options.dtypes if name in QUANTISED and "float32" not in options.dtypes]:
+        say(f"the logits of {', '.join(unlike)} are not compared: that needs float32 among --dtypes")
     start, longest = time.monotonic(), {}
 
     if "cold" in options.sections:  # what is imported comes from memory, too
@@ -131,16 +170,12 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
                 common | {"kind": "cold", "side": side, "dtype": "float32", "checkpoint": tiny}, options.threads
             )
     with tempfile.TemporaryDirectory() as logits:
+        jobs = question_jobs(options, chosen, common | {"logits": logits}, config)
+        for dtype, side in itertools.product(options.dtypes, SIDES):
+            if "cold" in options.sections and (side == "ours" or dtype not in QUANTISED):
+                jobs.append(common | {"kind": "cold", "side": side, "dtype": dtype})
         for repetition in range(options.repetitions):
-            sides = SIDES if repetition % 2 == 0 else SIDES[::-1]
-            jobs = [ceilings]
-            for kind in ("questions", "cold"):
-                more = {"tasks": chosen, "logits": logits} if kind == "questions" else {}
-                if not (chosen if more else "cold" in options.sections):
-                    continue
-                for dtype in options.dtypes:
-                    jobs += [common | more | {"kind": kind, "side": side, "dtype": dtype} for side in sides]
-            for job in jobs:
+            for job in [ceilings, *(jobs if repetition % 2 == 0 else jobs[::-1])]:
                 name, begun = (job["kind"], job.get("side"), job.get("dtype")), time.monotonic()
                 if begun - start + longest.get(name, 0) > options.minutes * 60:
                     say(f"--minutes {options.minutes:g} are nearly over: {' '.join(filter(None, name))} is left out")
@@ -178,10 +213,11 @@ def tidy(value):
 
 # ----------------------------------------------------------------------------------------------------- judging
 def compare_logits(folder: Path, records: list[Record], say: Callable[[str], None], known: dict) -> dict[str, dict]:
-    """How far the logits of both sides are apart, for each task and dtype that both have answered, if not yet known.
+    """How far logits are apart, for each task and format that both sides have answered, if not yet known.
 
-    Those of the prefill always; those of the last step where all tokens before it were the same. The measure and the
-    limits are those of `tests/parity.py`.
+    Ours from those of transformers in the same dtype: the measure and the limits are those of `tests/parity.py`.
+    Quantised ones and those of llama.cpp from ours in float32, judged by the cosine. Those of the prefill always;
+    those of the last step where all tokens before it were the same.
     """
     import numpy as np
     import torch
@@ -190,24 +226,25 @@ def compare_logits(folder: Path, records: list[Record], say: Callable[[str], Non
     import parity
 
     found, tokens = {}, {(r["task"], r["dtype"], r["side"]): r["tokens"] for r in records if "tokens" in r}
-    for task, dtype in dict.fromkeys(key[:2] for key in tokens):
-        name = f"{task} {dtype}"
-        files = [folder / f"{side}-{dtype}-{task}.npy" for side in SIDES]
-        if name in known or any((task, dtype, side) not in tokens for side in SIDES):
+    for task, dtype, side in tokens:
+        name, limit = f"{task} {dtype}", parity.LIMITS.get(dtype)
+        pair = (dtype, side), ("float32", "ours") if dtype in COSINES else (dtype, "transformers")
+        if name in known or side == "transformers" or any((task, *one) not in tokens for one in pair):
             continue
-        ours, theirs = (torch.from_numpy(np.load(file)) for file in files)
-        ours_tokens, theirs_tokens = (tokens[task, dtype, side][:-1] for side in SIDES)
-        steps = 2 if ours_tokens == theirs_tokens else 1
-        rung = parity.compare(name, ours[:steps], theirs[:steps], parity.LIMITS[dtype])
-        cosine = torch.cosine_similarity(ours[:steps].double(), theirs[:steps].double(), dim=-1).min().item()
+        tested, right = (torch.from_numpy(np.load(folder / f"{one[1]}-{one[0]}-{task}.npy")) for one in pair)
+        tested_tokens, right_tokens = (tokens[task, *one][:-1] for one in pair)
+        steps = 2 if tested_tokens == right_tokens else 1
+        rung = parity.compare(name, tested[:steps], right[:steps], limit or float("inf"))
+        cosine = torch.cosine_similarity(tested[:steps].double(), right[:steps].double(), dim=-1).min().item()
+        holds = rung.holds if limit else cosine >= COSINES[dtype]
         found[name] = {
-            "holds": rung.holds,
+            "holds": holds,
             "largest": rung.largest,
             "share": rung.share,
             "cosine": cosine,
             "steps": steps,
         }
-        word = "hold" if rung.holds else "DIFFER"
+        word = "hold" if holds else "DIFFER"
         say(f"logits of {name}: {word}, at most {rung.largest:.1e} apart, cosine {cosine:.6f}")
     return found
 
@@ -223,6 +260,8 @@ METRICS = [
     ("prefill", "picture", "s", lambda r: r["first_token"] - r["vision"], "prefill"),
     ("decode, batch {rows}", "picture", "s a step", per_step, "decode"),
     ("decode, batch {rows}", "batch", "s a step", per_step, "decode"),
+    ("words only: prefill", "llama", "s", lambda r: r["first_token"], "prefill"),
+    ("words only: decode", "llama", "s a step", per_step, "decode"),
     ("clip to first token", "video", "s", lambda r: r["first_token"], "clip"),
     ("cold start to first token", "cold", "s", lambda r: r["first_token"], None),
     ("— imports", "cold", "s", lambda r: r["import_seconds"], None),
@@ -233,10 +272,10 @@ METRICS = [
 
 
 def floor(kind: str | None, task: dict, config: Config, dtype: str, ceilings: dict | None) -> float | None:
-    """The seconds, or for "memory" the bytes, that no computation of a task in this dtype can do without."""
+    """The seconds, or for "memory" the bytes, that no computation of a task in this format can do without."""
     if kind is None or ceilings is None:
         return None
-    size, (rows, tokens, media) = ITEMSIZE[dtype], task_size(task)
+    size, (rows, tokens, media) = BYTES[dtype], task_size(task)
 
     def at_least(part: str, flop: float, read: float) -> float:
         rate, bandwidth = machine.best(ceilings, dtype, part)
@@ -246,44 +285,55 @@ def floor(kind: str | None, task: dict, config: Config, dtype: str, ceilings: di
         return held_bytes(config, rows, tokens + task["new_tokens"], size)
     if kind == "decode":  # the step in the middle
         return at_least("decoder", *decoder_work(config, rows, 1, tokens + task["new_tokens"] // 2, size))
-    vision = at_least("vision", *vision_work(config, media, size))
+    vision = at_least("vision", *vision_work(config, media, max(size, 2)))  # never quantised
     prefill = at_least("decoder", *decoder_work(config, rows, tokens, 0, size))
     return {"vision": vision, "prefill": prefill, "clip": vision + prefill}[kind]
 
 
 def summarise(found: dict, config: Config) -> list[dict]:
-    """A row for each metric and dtype: medians of the quiet measurements, their ratio, their share of the ceiling."""
+    """A row for each metric and dtype: medians of the quiet measurements, ratios of them, their share of the ceiling.
+
+    Theirs is what `peer_of` says; the other ratios are to the quickest dtype and to the float32 of transformers, and
+    to our own bfloat16.
+    """
+
+    def ratio(other: float | None, mine: float | None) -> float | None:
+        return other / mine if other and mine else None
+
     records, rows = found["records"], []
     ceilings = machine.merge_ceilings([r for r in records if r["task"] == "ceilings" and r["quiet"]])
     for name, task, unit, value, kind in METRICS:
         medians, counts, spreads = {}, {}, {}
+        for one in dict.fromkeys((r["side"], r["dtype"]) for r in records if r["task"] == task):
+            mine = [r for r in records if r["task"] == task and (r["side"], r["dtype"]) == one]
+            quiet = [value(r) for r in mine if r["quiet"]]
+            medians[one], counts[one] = statistics.median(quiet) if quiet else None, len(quiet)
+            spreads[one] = (max(quiet) - min(quiet)) / medians[one] if quiet else None
+        best_peer = min((m for (side, _), m in medians.items() if side == "transformers" and m), default=None)
+        question = found["tasks"].get(task)  # a cold start has none
         for dtype in found["dtypes"]:
-            for side in SIDES:
-                mine = [r for r in records if (r.get("side"), r.get("dtype"), r["task"]) == (side, dtype, task)]
-                quiet = [value(r) for r in mine if r["quiet"]]
-                if mine:
-                    medians[side, dtype] = statistics.median(quiet) if quiet else None
-                    counts[side, dtype] = len(quiet)
-                    spreads[side, dtype] = (max(quiet) - min(quiet)) / statistics.median(quiet) if quiet else None
-        peers = [median for (side, _), median in medians.items() if side == "transformers" and median]
-        for dtype in found["dtypes"]:
-            if not all((side, dtype) in medians for side in SIDES):
+            peer = peer_of(task, dtype)
+            pair = [("ours", dtype), peer] if peer else [("ours", dtype)]
+            if not all(one in medians for one in pair):
                 continue
-            ours, theirs = (medians[side, dtype] for side in SIDES)
-            question = found["tasks"].get(task)  # a cold start has none
-            least = floor(kind, question, config, dtype, ceilings)
+            ours, theirs = medians["ours", dtype], medians.get(peer)
+            floors = [floor(kind, question, config, form, ceilings) for _, form in pair]
             rows.append({
                 "metric": name.format(rows=len(question["rows"]) if question else 1),
+                "task": task,
                 "dtype": dtype,
                 "unit": unit,
+                "peer": " ".join(peer) if peer else None,
                 "ours": ours,
-                "transformers": theirs,
-                "quiet_runs": min(counts[side, dtype] for side in SIDES),
-                "spread": max((spreads[side, dtype] for side in SIDES if counts[side, dtype]), default=None),
-                "ratio": theirs / ours if ours and theirs else None,
-                "ratio_to_best": min(peers) / ours if ours and peers and unit != "bytes" else None,
-                "ours_of_ceiling": least / ours if ours and least else None,
-                "transformers_of_ceiling": least / theirs if theirs and least else None,
+                "theirs": theirs,
+                "quiet_runs": min(counts[one] for one in pair),
+                "spread": max((spreads[one] for one in pair if counts[one]), default=None),
+                "ratio": ratio(theirs, ours),
+                "ratio_to_best": ratio(best_peer, ours) if unit != "bytes" else None,
+                "ratio_to_float32": ratio(medians.get(("transformers", "float32")), ours),
+                "ratio_to_our_bfloat16": ratio(medians.get(("ours", "bfloat16")), ours),
+                "ours_of_ceiling": ratio(floors[0], ours),
+                "theirs_of_ceiling": ratio(floors[-1], theirs),
             })  # fmt: skip
     return rows
 
@@ -301,23 +351,47 @@ def times(ratio: float | None) -> str:
     return "not measured" if ratio is None else f"{ratio:.2f}×"
 
 
-def table(found: dict, absolute: bool) -> str:
-    """The rows as Markdown; with the absolute medians only where they are asked for."""
-    extra = "ours | transformers | " if absolute else ""
-    head = f"| what | dtype | {extra}beside transformers | beside its best dtype | of the ceiling | transformers |"
-    head += " apart |"
-    lines = [head, "|---" * (head.count("|") - 1) + "|"]
-    for row in found["rows"]:
-        own = ""
-        if absolute:
-            scale, unit = (1e-9, "GB") if row["unit"] == "bytes" else (1, row["unit"])
-            values = ("—" if row[side] is None else f"{row[side] * scale:.3f} {unit}" for side in SIDES)
-            own = "{} | {} | ".format(*values)
-        best = "—" if row["unit"] == "bytes" else times(row["ratio_to_best"])  # the smaller dtype always wins
-        cells = times(row["ratio"]), best, percent(row["ours_of_ceiling"])
-        cells += percent(row["transformers_of_ceiling"]), percent(row["spread"])
-        lines.append(f"| {row['metric']} | {row['dtype']} | {own}{' | '.join(cells)} |")
-    return "\n".join(lines)
+def absolute(row: dict, side: str) -> str:
+    """The median of "ours" or "theirs"."""
+    scale, unit = (1e-9, "GB") if row["unit"] == "bytes" else (1, row["unit"])
+    return "—" if row[side] is None else f"{row[side] * scale:.3f} {unit}"
+
+
+def markdown(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
+    lines = [" | ".join(columns), *(" | ".join(cell(row) for cell in columns.values()) for row in rows)]
+    head, *body = (f"| {line} |" for line in lines)
+    return "\n".join([head, "|---" * len(columns) + "|", *body])
+
+
+def tables(found: dict, seconds: bool) -> str:
+    """The rows as Markdown; with the absolute medians only where they are asked for.
+
+    The first table has what transformers computes too, the second what it does not: quantised, or beside llama.cpp.
+    """
+    first = {"what": lambda row: row["metric"], "dtype": lambda row: row["dtype"]}
+    if seconds:
+        first |= {side: lambda row, side=side: absolute(row, side) for side in ("ours", "theirs")}
+    with_transformers = first | {
+        "beside transformers": lambda row: times(row["ratio"]),
+        # The smaller dtype always has less memory.
+        "beside its best dtype": lambda row: "—" if row["unit"] == "bytes" else times(row["ratio_to_best"]),
+        "beside its float32": lambda row: times(row["ratio_to_float32"]),
+        "of the ceiling": lambda row: percent(row["ours_of_ceiling"]),
+        "transformers": lambda row: percent(row["theirs_of_ceiling"]),
+        "apart": lambda row: percent(row["spread"]),
+    }
+    without = first | {
+        "beside our bfloat16": lambda row: "—" if row["dtype"] == "bfloat16" else times(row["ratio_to_our_bfloat16"]),
+        "beside llama.cpp": lambda row: f"{times(row['ratio'])} ({row['peer'].split()[1]})" if row["peer"] else "—",
+        "of the ceiling": lambda row: percent(row["ours_of_ceiling"]),
+        "llama.cpp": lambda row: percent(row["theirs_of_ceiling"]),
+        "apart": lambda row: percent(row["spread"]),
+    }
+    parts = []
+    for columns, wanted in ((with_transformers, True), (without, False)):
+        if rows := [row for row in found["rows"] if (row["peer"] == f"transformers {row['dtype']}") == wanted]:
+            parts.append(markdown(rows, columns))
+    return "\n\n".join(parts)
 
 
 def circumstances(found: dict) -> str:
@@ -327,11 +401,11 @@ def circumstances(found: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     lines = [f"Machine: {where}; {', '.join(about['instructions'])}. {about['threads']} threads; {versions}."]
     if best := machine.merge_ceilings([r for r in records if r["task"] == "ceilings" and r["quiet"]]):
-        read = max(best["read_bytes_per_s"].values())
+        read, way = machine.quickest_read(best)
         lines.append(
-            f"Ceilings: memory is read at {read / 1e9:.1f} GB/s. Products at the model's shapes, in GFLOP/s, of"
+            f"Ceilings: memory is read at {read / 1e9:.1f} GB/s ({way}). Products at the model's shapes, in GFLOP/s, "
+            "of the vision tower / of the decoder:\n"
         )
-        lines[-1] += " the vision tower / of the decoder:\n"
         for dtype, parts in best["flop_per_s"].items():
             ways = dict.fromkeys(way for part in parts.values() for way in part)
             rates = (f"{way} {' / '.join(giga(part.get(way)) for part in parts.values())}" for way in ways)
@@ -349,10 +423,16 @@ def circumstances(found: dict) -> str:
     if counts:
         span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         lines.append(f"Quiet repetitions behind each figure: {span}.")
+    for about in {(r["version"], r["built"]) for r in records if "built" in r}:
+        lines.append("llama.cpp: llama-cpp-python {}, built with {}.".format(*about))
     if found["logits"]:
         full = [one["share"] for name, one in found["logits"].items() if name.endswith("float32")]
         agree = "agree" if all(one["holds"] for one in found["logits"].values()) else "DIFFER"
         lines.append(f"The logits of both sides {agree}" + (f" (float32: {max(full):.1e} apart)." if full else "."))
+        least = {form: [one["cosine"] for name, one in found["logits"].items() if name.endswith(f" {form}")]
+                 for form in COSINES}  # fmt: skip
+        if cosines := [f"{form} {min(values):.5f}" for form, values in least.items() if values]:
+            lines.append(f"Least cosine to our logits in float32: {', '.join(cosines)}.")
     return "\n".join(lines)
 
 
@@ -360,7 +440,7 @@ def section(found: dict | None, device: str) -> str:
     """What README.md says about one kind of device."""
     if found is None:
         return f"### {device}\n\nNot measured."
-    return f"### {device}\n\n{table(found, absolute=False)}\n\n{circumstances(found)}"
+    return f"### {device}\n\n{tables(found, seconds=False)}\n\n{circumstances(found)}"
 
 
 def write_readme(path: Path, results: Path) -> None:
@@ -382,8 +462,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shapes", choices=SHAPES, default="2b", help="2b, thin (its widths, few layers) or tiny (default: 2b)")
     add("--checkpoint", type=Path, metavar="FOLDER", help="one of these shapes (default: a random one in the cache)")
-    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="(default: all)")
-    add("--dtypes", nargs="+", choices=ITEMSIZE, default=["float32", "bfloat16"], help="(default: float32 bfloat16)")
+    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:-1], help="(default: all but llama)")
+    formats, usual = [*ITEMSIZE, *QUANTISED], ["float32", "bfloat16", "int8"]
+    add("--dtypes", nargs="+", choices=formats, default=usual, help=f"(default: {' '.join(usual)})")
+    add("--llama-python", default=sys.executable, metavar="PYTHON", help="has llama-cpp-python (default: this one)")
     add("--repetitions", type=int, default=3, metavar="N", help="fresh processes for each figure (default: 3)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all cores)")
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -397,6 +479,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("repetitions", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}, expected 1 or more")
+    if "llama" in options.sections:
+        if options.device != "cpu":
+            parser.error(f"--sections llama measures the CPU, and --device is {options.device}")
+        if missing := llama.obstacle(options.llama_python):
+            parser.error(missing)
     return options
 
 
@@ -410,10 +497,10 @@ def main(argv: list[str] | None = None) -> int:
         options.out = HERE / "results" / f"2b-{options.device.split(':')[0]}.json"
     folder = options.checkpoint or find_checkpoint(options.shapes)
     found = measure(options, folder, lambda line: print(line, file=sys.stderr, flush=True))
-    print(table(found, absolute=True), circumstances(found), sep="\n\n")
+    print(tables(found, seconds=True), circumstances(found), sep="\n\n")
     if publish:
         write_readme(HERE / "README.md", HERE / "results")
-    complete = all(row["ratio"] is not None for row in found["rows"])
+    complete = all(row["quiet_runs"] for row in found["rows"])
     return 0 if complete and all(one["holds"] for one in found["logits"].values()) else 1
 
 

@@ -164,14 +164,20 @@ def ceilings(shapes: dict[str, list[tuple[int, int, int, int]]], dtypes: list[st
     """The machine's best, whoever reaches it.
 
     shapes: (how often, N, in, out) of the products that each part of the model spends its time in. Gives bytes a
-    second that are read from memory, by each of three reductions; FLOP a second of a part's products, by dtype, part
-    and library; and bytes of weights a second that products with a single row read, which is how decoding reads them.
+    second that are read from memory, by each of several reductions; FLOP a second of a part's products, by dtype,
+    part and library; and bytes of weights a second that products with a single row read, as decoding reads them.
     """
     import torch
     import torch.nn.functional as F
 
     big = torch.ones(megabytes << 18, device=device)  # written to: zeros that nobody wrote are all one page
-    reductions = {"sum": torch.sum, "largest": torch.max, "product": lambda x: x.view(-1, 1024) @ x[:1024]}
+    reductions = {
+        "sum": torch.sum,
+        "largest": torch.max,
+        "product": lambda x: x.view(-1, 1024) @ x[:1024],
+        "sum in bfloat16": lambda x: x.view(torch.bfloat16).sum(),
+        "largest of int64": lambda x: x.view(torch.int64).amax(),
+    }
     reads = {
         name: big.nbytes / median_seconds(lambda f=reduce: f(big), clock, budget)
         for name, reduce in reductions.items()
@@ -201,12 +207,19 @@ def ceilings(shapes: dict[str, list[tuple[int, int, int, int]]], dtypes: list[st
                 way: flop / sum(product[0] * s for product, s in zip(products, seconds, strict=True))
                 for way, seconds in spent.items()
             }
-        _, _, wide, out = products[-1]
+    _, _, wide, out = shapes["decoder"][-1]
+    for name in dict.fromkeys((*dtypes, "bfloat16", "float16")):  # memory is no slower for those not asked for
+        dtype = getattr(torch, name)
         count = max(2, (megabytes << 19) // (wide * out * dtype.itemsize))  # many, or a cache would hold them
         weights = torch.randn(1, out, wide, device=device).to(dtype).repeat(count, 1, 1)
         x = torch.randn(1, wide, device=device).to(dtype)
-        seconds = median_seconds(lambda w=weights, x=x: [F.linear(x, one) for one in w], clock, budget)
-        single[name] = weights.nbytes / seconds
+        usual = torch.backends.mkldnn.enabled
+        for library in (True, False) if device == "cpu" and torch.backends.mkldnn.is_available() else (False,):
+            torch.backends.mkldnn.enabled = library
+            seconds = median_seconds(lambda w=weights, x=x: [F.linear(x, one) for one in w], clock, budget)
+            single[name + (" by oneDNN" if library else "")] = weights.nbytes / seconds
+        torch.backends.mkldnn.enabled = usual
+        weights = None  # before the next ones are made
     return {"read_bytes_per_s": reads, "flop_per_s": rates, "single_row_bytes_per_s": single, "not_possible": reasons}
 
 
@@ -222,11 +235,19 @@ def merge_ceilings(records: list[dict]) -> dict | None:
     return {name: best_of([record[name] for record in records]) for name in names} if records else None
 
 
+def quickest_read(found: dict) -> tuple[float, str]:
+    """Bytes a second at which memory can be read, and what reached that."""
+    ways = dict(found["read_bytes_per_s"])
+    ways |= {f"product with one row in {name}": rate for name, rate in found["single_row_bytes_per_s"].items()}
+    return max((rate, way) for way, rate in ways.items())
+
+
 def best(found: dict, dtype: str, part: str) -> tuple[float, float]:
     """FLOP a second and bytes a second that a part of a model with weights in `dtype` can hope for.
 
-    It may widen its weights to float32 for a product, so float32's rate counts for the others as well.
+    It may widen its weights to float32 for a product, so float32's rate counts for the others as well; and quantised
+    weights may be widened to anything.
     """
     by_dtype = found["flop_per_s"]
-    rates = [rate for name in {dtype, "float32"} & by_dtype.keys() for rate in by_dtype[name][part].values()]
-    return max(rates), max(found["read_bytes_per_s"].values())
+    names = {dtype, "float32"} & by_dtype.keys() if dtype in by_dtype else by_dtype
+    return max(rate for name in names for rate in by_dtype[name][part].values()), quickest_read(found)[0]

@@ -43,13 +43,24 @@ def peak_bytes(device: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ the two sides
-def load_ours(job: dict):
+def load_options(form: str) -> dict:
+    """What `load_model` is told: a dtype, or "int8" or "int4", for which what is not quantised is in bfloat16."""
     import torch
 
+    if form.startswith("int"):
+        return {"dtype": torch.bfloat16, "quantize": form}
+    return {"dtype": getattr(torch, form)}
+
+
+def load_ours(job: dict):
     from load_weights import load_model
 
-    model = load_model(job["checkpoint"], job["device"], getattr(torch, job["dtype"]))
+    model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
     model.generation_config = {"eos_token_id": []}  # random weights end by chance
+    if job["device"] != "cpu":
+        from extras import cuda_graph
+
+        cuda_graph.use(model)
     return model
 
 
@@ -105,8 +116,6 @@ def cold(job: dict) -> None:
     """From nothing to the first token of the answer to a short text. The clock of the caller started before."""
     text = "What is the capital of France?"
     if job["side"] == "ours":
-        import torch
-
         from generate import Sampling, stream
         from load_weights import load_model
         from preprocess import Processor
@@ -114,7 +123,7 @@ def cold(job: dict) -> None:
         imported = time.monotonic()
         processor = Processor.from_pretrained(job["checkpoint"])
         batch = processor([{"role": "user", "content": text}])
-        model = load_model(job["checkpoint"], job["device"], getattr(torch, job["dtype"]))
+        model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
         loaded = time.monotonic()
         next(stream(model, batch, 16, Sampling()))
     else:
@@ -178,7 +187,13 @@ def measure_ceilings(job: dict) -> None:
     report(task="ceilings", start=start, end=clock(), **found)
 
 
-JOBS = {"cold": cold, "questions": questions, "ceilings": measure_ceilings}
+def measure_llama(job: dict) -> None:
+    from benchmarks import llama
+
+    llama.measure(job)
+
+
+JOBS = {"cold": cold, "questions": questions, "ceilings": measure_ceilings, "llama": measure_llama}
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])

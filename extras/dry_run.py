@@ -7,16 +7,15 @@ the float32 that half precision is widened to here and there (w bytes). The larg
 
     vision tower  in an MLP b·N(3E + 3I): the block's input, that after attention, its norm, and three tensors of the
                   inner width; or turning a key b·6NE + w·3NE, and w·NE more in half precision; or in attention
-                  b·10NE, widened b·8NE + w·4NE; beside cos and sin w·2ND, and the embedded prompt b·BSC
+                  b·10NE; beside cos and sin w·2ND, and the embedded prompt b·BSC
     prefill       in an MLP b·BS(4C + 3I): as above, and the embedded prompt; or turning a query b·BS(7C + 2GD);
-                  or in attention b·BS·5C, widened w·BS(2C + 2GD) more, plain b·BS·7C; or the logits; beside
-                  cos and sin b·2BSD
+                  or in attention b·BS·5C, plain b·BS·7C; or the logits; beside cos and sin b·2BSD
 
-On the CPU sdpa widens half precision to float32. The kernels of sdpa and flash hold no scores. Plain attention holds
-each of the H scores of a pair of patches or tokens two or three times: (b + w) bytes, in half precision (b + 2w);
-equal slices of a clip are attended at once, others in turn. Padding adds masks of BS² bytes, and sdpa a copy of them
-in its dtype. Not counted: what kernels borrow, and what Python, PyTorch and CUDA take for themselves, some hundred
-MB. On small models in float32, bfloat16 and float64 the estimate was 0.89 to 1.15 times what was measured.
+The kernels of sdpa and flash hold no scores. Plain attention holds each of the H scores of a pair of patches or
+tokens two or three times: (b + w) bytes, in half precision (b + 2w); equal slices of a clip are attended at once,
+others in turn. Padding adds masks of BS² bytes, and sdpa a copy of them in its dtype. Not counted: what kernels
+borrow, and what Python, PyTorch and CUDA take for themselves, some hundred MB. On small models in float32, bfloat16
+and float64 the estimate was 0.89 to 1.15 times what was measured.
 
 Letters as in `qwen2vl.py`; I is the inner width of either MLP.
 """
@@ -140,7 +139,7 @@ def memory(
     rows, length = batch.input_ids.shape
     cache = KVCache(config, rows, length + max_new_tokens, torch.device("meta"), dtype)  # as in `generate.stream`
     sizes = {"cache": (cache.keys.nbytes + cache.values.nbytes, f"{rows} × {length + max_new_tokens:,} tokens")}
-    prefill = prefill_peak(config, rows, length, not batch.attention_mask.all(), dtype, way, device)
+    prefill = prefill_peak(config, rows, length, not batch.attention_mask.all(), dtype, way)
     if not batch.media:
         return sizes | {"activations": (prefill, f"of the prefill, {way} attention; an estimate")}
     given = [(batch.pixel_values, batch.image_grid_thw), (batch.pixel_values_videos, batch.video_grid_thw)]
@@ -148,7 +147,7 @@ def memory(
     pixels = sum(pixels.nbytes for pixels, _ in given)
     copies = (2, "as read and as joined") if device.type == "cpu" else (1, "on the GPU")
     embedded = rows * length * config.hidden_size * dtype.itemsize
-    vision = embedded + max(vision_peak(config, grid, dtype, way, device) for _, grid in given)
+    vision = embedded + max(vision_peak(config, grid, dtype, way) for _, grid in given)
     peaks = f"vision tower {vision / 1e6:,.1f}, prefill {prefill / 1e6:,.1f}, {way} attention; an estimate"
     return sizes | {"pixels": (copies[0] * pixels, copies[1]), "activations": (max(vision, prefill), peaks)}
 
@@ -168,12 +167,7 @@ def score_bytes(dtype: torch.dtype, way: str) -> int:
     return b + w + w * (b < w) if way == "plain" else 0
 
 
-def widened_bytes(dtype: torch.dtype, way: str, device: torch.device) -> int:
-    """What one element takes that sdpa widens before attention."""
-    return 4 if way == "sdpa" and device.type == "cpu" and dtype.itemsize < 4 else 0
-
-
-def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: str, device: torch.device) -> int:
+def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: str) -> int:
     """Bytes alive at once in the vision tower, beside its weights and the pixels."""
     vision, b, w = config.vision_config, dtype.itemsize, max(dtype.itemsize, 4)
     E, H, inner = vision.embed_dim, vision.num_heads, int(vision.embed_dim * vision.mlp_ratio)
@@ -182,23 +176,18 @@ def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: s
     columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     mlp = b * N * (3 * E + 3 * inner)
     turning = b * 6 * N * E + w * (3 + (b < w)) * N * E
-    wide = widened_bytes(dtype, way, device)
-    attention = (b * (8 if wide else 10) + wide * 4) * N * E
-    attention += score_bytes(dtype, way) * H * together * max(slices) ** 2
+    attention = b * 10 * N * E + score_bytes(dtype, way) * H * together * max(slices) ** 2
     embedding = b * N * (E + columns * (b != 4))  # the pixels are float32
     return max(max(mlp, turning, attention) + w * 2 * N * E // H, embedding)
 
 
-def prefill_peak(
-    config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str, device: torch.device
-) -> int:
+def prefill_peak(config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str) -> int:
     """Bytes alive at once in the decoder while it reads the prompt, beside its weights, its cache and the pixels."""
     b, w, C, D = dtype.itemsize, max(dtype.itemsize, 4), config.hidden_size, config.head_dim
     tokens, mask = rows * length, rows * length**2 * padded
     mlp = b * tokens * (4 * C + 3 * config.intermediate_size)
     turning = b * tokens * (7 * C + 2 * config.num_key_value_heads * D)
     attention = b * (tokens * 5 * C + mask)
-    attention += widened_bytes(dtype, way, device) * tokens * 2 * (C + config.num_key_value_heads * D)
     if way == "plain":
         attention = b * tokens * 7 * C + score_bytes(dtype, way) * rows * config.num_attention_heads * length**2
     logits = b * tokens * 2 * C + (b + w) * rows * config.vocab_size

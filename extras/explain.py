@@ -96,11 +96,12 @@ class Step:
 
 @dataclass
 class Pass:
-    """One call of the vision tower or of the whole model. `steps` and `seconds` go by stage."""
+    """One call of the vision tower or of the whole model. `steps`, `turns` and `seconds` go by stage."""
 
     queries: int  # N patches or S tokens
     looks: int  # pairs of a query and a key, in each head of each layer
     steps: dict[str, list[Step]] = field(default_factory=dict)
+    turns: dict[str, tuple[list[int], torch.dtype]] = field(default_factory=dict)  # cosines, and sines, of the rope
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -131,8 +132,8 @@ class Trace:
         }  # fmt: skip
 
     def parameters(self, stage: str) -> int:
-        """How many parameters a stage has; those of a tied lm_head count as embed_tokens."""
-        if stage == "lm_head" and self.model.config.tie_word_embeddings:
+        """How many parameters a stage has, as they are stored; those of a tied lm_head count as embed_tokens."""
+        if stage == "lm_head" and self.model.lm_head.weight is self.model.model.embed_tokens.weight:
             return 0
         return sum(p.numel() for module in self.stages()[stage] for p in module.parameters())
 
@@ -141,7 +142,7 @@ class Trace:
         return len(self.stages()[stage]) * sum(step.operations for step in one.steps[stage])
 
     def now(self) -> float:
-        device = self.model.lm_head.weight.device
+        device = self.model.model.norm.weight.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -156,6 +157,8 @@ class Trace:
         for stage, modules in self.stages().items():
             passes, first, last = self.vision if stage in VISION else self.decoder, modules[0], modules[-1]
             self.hooks.append(first.register_forward_pre_hook(self._clock(passes, stage, -1)))
+            if stage in ("blocks", "layers"):
+                self.hooks.append(first.register_forward_pre_hook(self._turn(passes, stage)))
             leaves = [("patch_embed", first)] if stage == "patch_embed" else first.named_modules()
             for name, module in leaves:
                 own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
@@ -188,6 +191,12 @@ class Trace:
 
         return hook
 
+    def _turn(self, passes: list[Pass], stage: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            passes[-1].turns[stage] = list(inputs[1].shape), inputs[1].dtype
+
+        return hook
+
     def _watch(self, passes: list[Pass], stage: str, name: str) -> Callable:
         tied = stage == "lm_head" and self.parameters(stage) == 0
 
@@ -199,8 +208,8 @@ class Trace:
                 heads = config.vision_config.num_heads if stage == "blocks" else config.num_attention_heads
                 shape = [x.shape[0] if x.dim() == 3 else 1, heads, x.shape[-2], x.shape[-1] // heads]  # [B, H, S, D]
                 steps.append(Step("attention", shape, shape, x.dtype, 0, 4 * x.shape[-1] * one.looks))
-            linear = hasattr(module, "in_features") or stage == "patch_embed"
-            operations = 2 * output.numel() * x.shape[-1] if linear else 0
+            matrix = stage == "patch_embed" or (module.weight.dim() > 1 and not isinstance(module, nn.Embedding))
+            operations = 2 * output.numel() * x.shape[-1] if matrix else 0
             parameters = 0 if tied else sum(p.numel() for p in module.parameters())
             short = name if stage == "merger" else name.split(".")[-1]
             steps.append(Step(short, list(x.shape), list(output.shape), output.dtype, parameters, operations))
@@ -224,10 +233,11 @@ class Trace:
         return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
     def _head(self) -> list[str]:
-        weight, total = self.model.lm_head.weight, sum(p.numel() for p in self.model.parameters())
+        weight, matrix = self.model.model.norm.weight, self.model.lm_head.weight
+        quantised = f", the decoder's matrices as {plain(matrix.dtype)} with scales" * (matrix.dtype != weight.dtype)
         return [
-            f"THE MODEL   {total:,} parameters in {plain(weight.dtype)} on {weight.device}, "
-            f"{self.model.model.attention} attention",
+            f"THE MODEL   {sum(p.numel() for p in self.model.parameters()):,} parameters in {plain(weight.dtype)} on "
+            f"{weight.device}, {self.model.model.attention} attention{quantised}",
             "  Operations: the multiplications and additions of matrix products and attention; masked looks count.",
         ]
 
@@ -260,6 +270,9 @@ class Trace:
                 columns = x.shape[1]
         if len(lines) == 1:
             return []
+        grids = {name: getattr(batch, name) for name in ("image_grid_thw", "video_grid_thw")}
+        shown = (f"{name} {x.dtype} {list(x.shape)}" for name, x in grids.items() if x is not None)
+        lines.append(f"  {'their grids':20} {', '.join(shown)}")
         tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
         numbers = f"{columns:,} = 3 colours · {tp} frames · {p} · {p} pixels"
         return [
@@ -289,6 +302,9 @@ class Trace:
         elif stage == "layers":
             heads = f"{config.num_attention_heads} heads over {config.num_key_value_heads} of keys and values"
             title = f"{number} layers like this: {heads}, {one.looks:,} looks each"
+        if stage in one.turns:
+            shape, dtype = one.turns[stage]
+            lines.insert(0, f"    {'cos, sin of its rope':<25}{shape!s:<37}{plain(dtype)}")
         return [row(title, parameters=count(self.parameters(stage)), **whole), *lines]
 
     def _vision(self) -> list[str]:
@@ -307,7 +323,12 @@ class Trace:
     def _prompt(self, processor: Processor, batch: Batch, parts: list[Run]) -> list[str]:
         ids, tokenizer = batch.input_ids[0].tolist(), processor.tokenizer
         text = prompt_text(processor, batch, parts).replace("\n", "⏎")
-        lines = [f"PROMPT   {len(ids):,} tokens", *abridged(textwrap.wrap(text, WIDTH - 4), 5, indent="  ")]
+        arrays = (f"{name} {x.dtype} {list(x.shape)}" for name, x in
+                  (("input_ids", batch.input_ids), ("attention_mask", batch.attention_mask)))  # fmt: skip
+        lines = [
+            f"PROMPT   {len(ids):,} tokens   {', '.join(arrays)}",
+            *abridged(textwrap.wrap(text, WIDTH - 4), 5, indent="  "),
+        ]
         owner = {i: run.name for run in parts if run.media for i in range(run.start, run.end)}
         starts = [i for i, id in enumerate(ids) if id == tokenizer.token_id(IM_START)] or [0]
         table = []
@@ -325,13 +346,13 @@ class Trace:
         arrays = (batch.input_ids, batch.image_grid_thw, batch.video_grid_thw)
         arrays = [None if x is None else torch.tensor(x) for x in arrays]
         positions, delta = get_rope_index(self.model.config, *arrays)
-        positions, table = positions[:, 0], []  # [3, S]
+        shape, positions, table = f"{plain(positions.dtype)} {list(positions.shape)}", positions[:, 0], []  # [3, S]
         for run in parts:
             low, high = positions[:, run.start : run.end].amin(1), positions[:, run.start : run.end].amax(1)
             spans = [f"{a}…{b}" if a != b else f"{a}" for a, b in zip(low.tolist(), high.tolist(), strict=True)]
             spans = "".join(f"{span:<14}" for span in spans).rstrip()
             table.append(f"  {f'{run.start}…{run.end - 1}':<16}{run.name:<16}{spans}")
-        lines = ["POSITIONS   M-RoPE: each token has three",
+        lines = [f"POSITIONS   M-RoPE: each token has three   position_ids {shape}",
                  f"  {'tokens':<16}{'':<16}{'time':<14}{'height':<14}width", *abridged(table, 8)]  # fmt: skip
         if picture := next((run for run in parts if run.media), None):
             _, h, w = (n // self.model.config.vision_config.spatial_merge_size for n in picture.media.grid)

@@ -25,8 +25,11 @@ def onednn_float32(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def has_half_products(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of the dtype, float16 or bfloat16, at more than float32's rate."""
-    ask = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
-    return getattr(torch.ops.mkldnn, ask)()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    # oneDNN supports bfloat16 on every processor with AVX-512, but without the instructions for it at a third.
+    emulated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,7 +87,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
         if x.device.type == "cpu" and x.numel() < MANY * x.shape[-1]:
-            rows = x.reshape(-1, x.shape[-1]).bfloat16()
+            rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
             y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
         else:
             multiply = product if x.device.type == "cpu" else F.linear
@@ -123,7 +126,7 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scale)
         y = y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias

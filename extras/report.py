@@ -44,7 +44,7 @@ def look(model: Qwen2VL, batch: Batch, ids: list[int], columns: list[int]) -> tu
     ids: the answer, A tokens; columns: the T tokens of the prompt that are asked about.
     → attention weights float32 [L, H, A, T] and logits [A, V], both on the CPU.
     """
-    device, length = model.lm_head.weight.device, batch.input_ids.shape[1]
+    device, length = model.model.norm.weight.device, batch.input_ids.shape[1]
     arrays = batch.arrays().items()
     inputs = {name: torch.as_tensor(x, device=device) for name, x in arrays if name != "attention_mask"}
     answer = torch.tensor([ids[:-1]], dtype=torch.long, device=device)

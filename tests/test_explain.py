@@ -115,6 +115,21 @@ def test_steps_seen_sum_to_the_parameters_of_their_stage(tiny, processor):
             assert one.seconds[stage] > 0
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_matrices_take_the_same_operations_and_own_what_they_store(tiny, processor, bits):
+    batch, model = conversation(processor, "small"), load_model(TINY, "cpu", torch.float32, quantize=bits)
+    model.generation_config = tiny.generation_config
+    (one, _), (other, ids) = (traced(each, batch, 2) for each in (tiny, model))
+    for before, after in zip(one.decoder, other.decoder, strict=True):
+        assert {s: one.operations(before, s) for s in DECODER} == {s: other.operations(after, s) for s in DECODER}
+    assert sum(map(other.parameters, other.stages())) == sum(p.numel() for p in model.parameters())
+    assert other.parameters("lm_head") > 0 == one.parameters("lm_head")
+    kind = {"int8": "int8", "int4": "uint8"}[bits]
+    assert f" in float32 on cpu, sdpa attention, the decoder's matrices as {kind} with" in other.page(
+        processor, batch, ids
+    )
+
+
 def hooks_of(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -136,7 +151,7 @@ def test_the_page_fits_and_tells_the_numbers(tiny, processor, media):
     page = trace.page(processor, batch, ids, prepared=0.0123)
     lines = page.splitlines()
     assert max(map(len, lines)) <= 110
-    assert len(lines) <= (75 if len(media) == 1 else 90)
+    assert len(lines) <= (80 if len(media) == 1 else 90)
     titles = [re.split("  |, mean", line)[0] for line in lines if re.match("[A-Z]{3}", line)]
     middle = ["PATCHES", "VISION TOWER"] if media else []
     rest = ["PROMPT", "POSITIONS", "DECODER, PREFILL", "DECODE", "ANSWER"]
@@ -153,6 +168,14 @@ def test_the_page_fits_and_tells_the_numbers(tiny, processor, media):
     )
     assert f"{sum(p.numel() for p in tiny.parameters()):,} parameters in float32 on cpu" in page
     assert f"cache: {2 * 4 * (total + 40) * 64 * 4:,} bytes = {total + 40:,} tokens ({total + 39:,} filled)" in page
+    assert f"  input_ids int64 [1, {total}], attention_mask int64 [1, {total}]\n" in page
+    assert f"  position_ids int64 [3, 1, {total}]\n" in page
+    for name in ("image_grid_thw", "video_grid_thw"):
+        if (x := getattr(batch, name)) is not None:
+            assert f"{name} int64 [{len(x)}, 3]" in page
+    turned = [[len(x), 32] for x in (batch.pixel_values, batch.pixel_values_videos) if x is not None][:1]
+    turned.append([1, 1, total, 32])
+    assert re.findall(r"^ +cos, sin of its rope +(\[.+\]) +float32$", page, re.M) == [str(shape) for shape in turned]
     for x in (batch.pixel_values, batch.pixel_values_videos):
         assert x is None or f"float32 {list(x.shape)}, from {x.min():.2f} to {x.max():.2f}" in page
     for run in runs(batch, tiny.config)[:3]:

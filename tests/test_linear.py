@@ -153,6 +153,26 @@ def test_a_layer_of_fewer_bits_is_near_the_plain_one(kind, limit, rows, dtype):
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_the_last_places_of_a_batch_are_taken_as_they_lie(kind, rows):
+    quantised, x = kind(layer(64, 37, dtype=torch.bfloat16)), torch.randn(rows, 5, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(quantised(x[:, -1:]), quantised(x[:, -1:].contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("capability", "onednn", "native", "wanted"),
+    [("AVX2", False, False, False), ("AVX512", True, False, False), ("AVX512", True, True, True),
+     ("DEFAULT", True, False, True)],  # the last one is an ARM processor with the instructions
+)  # fmt: skip
+def test_bfloat16_is_taken_for_quick_only_with_instructions_for_it(capability, onednn, native, wanted, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert linear.has_half_products(torch.bfloat16) == wanted
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 def test_few_rows_and_many_agree(kind):
     quantised, x = kind(layer(64, 37, dtype=torch.bfloat16)), torch.randn(40, 64).bfloat16()
     with torch.no_grad():

@@ -49,7 +49,8 @@ def source_cells(notebook, kind):
 
 
 def solutions(notebook):
-    """The Python blocks of the last cell's folded text: <details> folds on GitHub as well, a hidden cell does not."""
+    """The Python blocks of the last cell's folded text: <details> folds in JupyterLab and in exported pages; a
+    cell that is marked hidden does so in JupyterLab alone."""
     folded = re.findall(r"<details>(.*?)</details>", notebook.cells[-1].source, re.DOTALL)
     return [
         block for text in folded for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
