@@ -202,7 +202,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         shape, more = q.shape, {"attn_mask": plan.mask, "is_causal": plan.causal, "dropout_p": plan.dropout}
         if shape[2] == 1:  # the heads that share a key pass for queries of one head: far quicker than enable_gqa
             q = q.reshape(shape[0], k.shape[1], -1, shape[3])
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).view(shape)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).reshape(shape)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, K, D]
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
     mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if plan.causal else plan.mask

@@ -12,6 +12,7 @@ Shapes as in `qwen2vl.py`; L places of the cache (max_length).
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import torch
@@ -97,6 +98,8 @@ def use(model: Qwen2VL) -> None:
     config = model.config
     if model.model.windows != {None} or config.rope_type in ("dynamic", "longrope"):
         raise ValueError(f"no CUDA graph for a sliding window or rope of type {config.rope_type}")
+    if (device := model.model.norm.weight.device).type != "cuda":
+        warnings.warn(f"CUDA graph: the model is on {device}, its steps are computed without one", stacklevel=2)
     model.forward = partial(forward, model, [])
 
 

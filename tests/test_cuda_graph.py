@@ -17,6 +17,8 @@ from load_weights import load_model
 from preprocess import Processor
 from qwen2vl import KVCache
 
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA graph")  # there is none on a CPU
+
 Step = cuda_graph.Step
 ROWS = {
     "words": [[5]],
@@ -108,6 +110,11 @@ def test_a_full_cache_is_named():
     decode(model, cache, mask, ids)
     with pytest.raises(ValueError, match="the KV cache holds 6 tokens, 7 are needed"):
         decode(model, cache, mask, ids)
+
+
+def test_on_a_cpu_it_says_that_nothing_is_recorded():
+    with pytest.warns(UserWarning, match="CUDA graph: the model is on cpu, its steps are computed without one"):
+        pair("plain")
 
 
 def test_a_sliding_window_is_refused():

@@ -1,5 +1,7 @@
 """The CPU's linear layers: every kernel gives the plain product, and fewer bits cost no more than they must."""
 
+import types
+
 import helpers
 import pytest
 import torch
@@ -17,6 +19,7 @@ from load_weights import load_model, save_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
 
+CUDA = torch.device("cuda")
 HALVES = [torch.bfloat16, torch.float16]
 # Largest error, as a share of the largest output: rounding of the inputs' dtype, once more for the output.
 LIMITS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -84,6 +87,19 @@ def test_a_row_alone_is_multiplied_without_onednn_which_is_on_again_after(monkey
     with pytest.raises(RuntimeError, match="shape"):
         linear.product(x[:1, :5], weight)
     assert torch.backends.mkldnn.enabled
+
+
+def test_where_onednn_is_off_it_stays_off(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    linear.product(torch.randn(1, 48).bfloat16(), torch.randn(37, 48).bfloat16())
+    assert not torch.backends.mkldnn.enabled
+
+
+def test_int4_is_refused_where_it_has_no_kernel():
+    model = nn.Sequential(layer(32, 16)).to(torch.device("meta"))
+    linear.swap(model, "int4")  # to be counted only
+    with pytest.raises(ValueError, match="int4 weights are for the CPU, this model is on cuda"):
+        linear.swap(types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(device=CUDA)])), "int4")
 
 
 def test_gradients_are_pytorchs_own():

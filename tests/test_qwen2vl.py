@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl import KVCache, get_rope_index
+from qwen2vl import AttentionPlan, KVCache, get_rope_index
+from qwen2vl import attention as attend
 
 FLOAT32, FLOAT64 = 3e-5, 1e-9  # largest absolute difference from the reference, from the oracle
 SAME = 1e-12  # between two ways of computing the same float64 numbers
@@ -463,6 +464,22 @@ def test_many_pictures_never_make_a_matrix_of_all_by_all(attention, grids, flash
     with Watch() as watch:
         visual(torch.zeros(patches, 3 * 2 * 2 * 2), torch.tensor(grids))
     assert watch.largest < patches**2 / 10
+
+
+def test_one_query_asks_for_the_heads_that_share_a_key_at_once(monkeypatch):
+    """Also where the kernel hands its result back in another order of memory, as those for CUDA do."""
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, **more):
+        seen.append((list(q.shape), more["enable_gqa"]))
+        return original(q, k, v, **more).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]).bool()[:, None, None]
+    found = attend(q, k, v, AttentionPlan("sdpa", mask=mask))
+    assert (found - attend(q, k, v, AttentionPlan("plain", mask=mask))).abs().max() < 1e-6
+    assert seen == [([3, 2, 3, 8], False)]
 
 
 def test_pictures_go_through_fused_attention_without_a_mask(monkeypatch):
