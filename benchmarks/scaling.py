@@ -92,7 +92,7 @@ def draw(found: dict, path: Path) -> None:
             line[0][1] for side in reversed(SIDES) for sides in curves.values() for line in [sides[side]] if line
         ]
         unit = first[0] if first else 1.0
-        for (name, sides), style in zip(curves.items(), styles, strict=False):
+        for (name, sides), style in zip(curves.items(), styles[: len(curves)], strict=True):
             for side, line in sides.items():
                 if line:
                     steep = "" if slope(line) is None else f", slope {slope(line):.2f}"

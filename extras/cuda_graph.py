@@ -108,11 +108,10 @@ def forward(
     position_ids: Tensor | None = None, cache: KVCache | None = None, **more,
 ) -> Tensor:  # fmt: skip
     """`Qwen2VL.forward`. steps: the one of the last cache, so that a new cache lets go of the old one."""
-    new_only = cache is not None and input_ids.shape[1] == 1 and position_ids is None
-    if not new_only or more.get("pixel_values") is not None or more.get("pixel_values_videos") is not None:
+    new_only = input_ids.shape[1] == 1 and position_ids is None
+    fits = cache is not None and cache.length < cache.max_length  # a full cache is named by the plain way
+    if not (new_only and fits) or more.get("pixel_values") is not None or more.get("pixel_values_videos") is not None:
         return Qwen2VL.forward(model, input_ids, attention_mask, position_ids, cache, **more)
-    if cache.length >= cache.max_length:
-        raise ValueError(f"the KV cache holds {cache.max_length} tokens, {cache.length + 1} are needed")
     if not steps or steps[0].cache is not cache:
         steps[:] = [Step(model, cache)]
     return steps[0](input_ids, attention_mask)
