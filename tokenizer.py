@@ -89,22 +89,22 @@ class Tokenizer:
 
         Raises FileNotFoundError when one of them is missing, ValueError when one of them cannot be used.
         """
-        description = read_json(folder, "tokenizer.json")
-        if (description.get("decoder") or {}).get("type") != "ByteLevel":
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower, and says little
+            read_json(folder, "tokenizer.json")  # says what is wrong, if no file or no JSON is there
+            raise ValueError(f"the tokenizer.json in {folder} cannot be used: {error}") from error
+        if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             raise ValueError(f"the tokenizer.json in {folder} is not byte-level, as that of Qwen2-VL is")
-        backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         # A file saved by a training script may carry these two; they would cut or pad prompts silently.
         backend.no_truncation()
         backend.no_padding()
 
         config = read_json(folder, "tokenizer_config.json")
-        names = []
-        for field in ("pad_token", "eos_token"):
-            name = config.get(field)
-            name = name.get("content") if isinstance(name, dict) else name  # some writers store the whole token
-            if not isinstance(name, str):
-                raise ValueError(f"the tokenizer_config.json in {folder} names no {field}")
-            names.append(name)
+        found = [config.get(field) for field in ("pad_token", "eos_token")]
+        names = [token.get("content") if isinstance(token, dict) else token for token in found]  # some store it whole
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"the tokenizer_config.json in {folder} names {names}, not a pad_token and an eos_token")
         return cls(backend, *names)
 
     def token_id(self, name: str) -> int:

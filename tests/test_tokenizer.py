@@ -347,14 +347,18 @@ def test_missing_file(qwen_tokenizer_folder, tmp_path, missing):
         Tokenizer.from_pretrained(tmp_path / "folder")
 
 
+WORDS = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "decoder": %s}'
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("version https://git-lfs.github.com/spec/v1", "tokenizer.json is not a JSON file"),
         ('{"version": "1.0", "added_tok', "tokenizer.json is not a JSON file"),
         ("[]", "tokenizer.json should hold a JSON object, but holds a list"),
-        ('{"decoder": {"type": "WordPiece"}}', "is not byte-level"),
-        ('{"decoder": null}', "is not byte-level"),
+        ('{"decoder": null}', "cannot be used: Model missing"),
+        (WORDS % '{"type": "WordPiece", "prefix": "##", "cleanup": true}', "is not byte-level"),
+        (WORDS % "null", "is not byte-level"),
     ],
 )
 def test_unusable_tokenizer_file(tmp_path, content, said):
@@ -380,7 +384,7 @@ def test_control_tokens_named_by_the_config(qwen_tokenizer_folder, tmp_path):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (151654, 151643)
 
     config.write_text('{"pad_token": null, "eos_token": "<|endoftext|>"}')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json in .* names no pad_token"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json in .* names \[None, '<\|endoftext\|>'\]"):
         Tokenizer.from_pretrained(tmp_path)
 
     config.write_text('{"pad_token": "<|pad|>", "eos_token": "<|endoftext|>"}')
