@@ -92,8 +92,7 @@ def run(arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sam
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError for options that mean nothing here and for files that cannot be used."""
     given = {"--image or --video": arguments.media, "--prompt": arguments.prompt, "--system": arguments.system}
-    given |= {"--chat": arguments.chat, "--draw": arguments.draw, "--logprobs": arguments.logprobs}
-    if names := [name for name, value in given.items() if value not in (None, False, [])]:
+    if names := [name for name, value in given.items() if value not in (None, [])]:
         raise ValueError(f"{names[0]} means nothing with --batch, where each line is a whole conversation")
     batch, out = Path(arguments.batch), Path(arguments.out)
     if not batch.is_file():

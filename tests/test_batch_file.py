@@ -390,11 +390,3 @@ def test_options_and_files_that_do_not_fit_are_one_sentence(options, sentence, p
         place.run(tiny, *options)
     assert str(caught.value).startswith(sentence)
     assert not place.out.exists()
-
-
-@pytest.mark.parametrize("name", ["chat", "draw", "logprobs"])
-def test_options_for_one_conversation_are_refused(name, place, tiny):
-    arguments = parse_arguments(place.write(MIXED[:1]).options())
-    setattr(arguments, name, True)
-    with pytest.raises(ValueError, match=f"--{name} means nothing with --batch"):
-        batch_file.run(arguments, tiny, PROCESSOR, GREEDY)
