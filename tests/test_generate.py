@@ -447,6 +447,10 @@ def test_what_the_user_got_wrong_is_one_sentence_and_code_2(arguments, sentence,
         (["--chat", "--logprobs"], "--chat and --logprobs do not go together"),
         (["--chat", "--batch", "x.jsonl", "--out", "y.jsonl"], "--chat and --batch do not go together"),
         (["--batch", "x.jsonl", "--out", "y.jsonl", "--logprobs"], "--batch and --logprobs do not go together"),
+        (
+            ["--batch", "x.jsonl", "--out", "y.jsonl", "--image", "x.png", "--draw", "y.png"],
+            "--batch and --draw do not go together",
+        ),
         (["--batch", "x.jsonl", "--out", "y.jsonl", "--report", "x.html"], "--batch and --report do not go together"),
     ],
 )
