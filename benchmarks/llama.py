@@ -68,6 +68,8 @@ def write_gguf(checkpoint: Path, form: str, path: Path) -> None:
     config = load_config(checkpoint)
     if config.rope_type != "default" or config.use_sliding_window:
         raise ValueError(f"{checkpoint}: llama.cpp's qwen2vl has neither stretched rope nor a sliding window")
+    if len(sections := config.rope_scaling["mrope_section"]) != 3:
+        raise ValueError(f"{checkpoint}: mrope_section has {len(sections)} entries; llama.cpp's qwen2vl takes three")
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2VL])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -76,7 +78,7 @@ def write_gguf(checkpoint: Path, form: str, path: Path) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_sections([*config.rope_scaling["mrope_section"], 0])
+    writer.add_rope_dimension_sections([*sections, 0])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")

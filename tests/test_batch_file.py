@@ -57,10 +57,13 @@ def tiny():
 @pytest.fixture(scope="module")
 def random_model():
     """Of no sense, in float64, with so many ends that its answers stop at many lengths."""
-    ids = {"image_token_id": 431, "video_token_id": 432, "vision_start_token_id": 428, "vision_end_token_id": 429}
-    config = small_config(vocab=433, **ids)
+    ids = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    ids |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    ids = {name: PROCESSOR.tokenizer.token_id(f"<|{token}|>") for name, token in ids.items()}
+    vocab = max(ids.values()) + 1  # the control tokens come last
+    config = small_config(vocab=vocab, **ids)
     model = our_model(config, random_weights(config, seed=3), torch.float64)
-    model.generation_config = {"eos_token_id": list(range(0, 433, 11)), "pad_token_id": 419}
+    model.generation_config = {"eos_token_id": list(range(0, vocab, 11)), "pad_token_id": vocab - 14}
     return model
 
 

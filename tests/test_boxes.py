@@ -13,7 +13,7 @@ from extras.boxes import Box, check_path, draw, find_boxes, format_box, save
 from generate import TINY
 from tokenizer import StreamDecoder, Tokenizer
 
-PICTURE = TINY.parent.parent / "examples" / "shapes.png"  # 195×140 pixels
+PICTURE = TINY.parent.parent / "examples" / "shapes.png"  # 200×136 pixels
 REF, REF_END = "<|object_ref_start|>", "<|object_ref_end|>"
 BOX, BOX_END, QUAD, QUAD_END = "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"
 ANSWER = f"{REF}the red circle{REF_END}{BOX}(120,340),(560,780){BOX_END}"
@@ -258,6 +258,6 @@ def test_an_answer_is_said_in_pixels_and_drawn(monkeypatch, tmp_path, capsys):
     assert generate.main(["--image", str(PICTURE), "--draw", str(tmp_path / "out.png")]) == 0
     out, err = capsys.readouterr()
     assert out == "the red circle(120,340),(560,780)\n"
-    assert "\nthe red circle: (23, 48) to (109, 109) (pixels)\n" in err
+    assert "\nthe red circle: (24, 46) to (112, 106) (pixels)\n" in err
     with Image.open(PICTURE) as picture, Image.open(tmp_path / "out.png") as drawn:
         assert drawn.tobytes() == draw(picture, [CIRCLE]).tobytes()

@@ -32,10 +32,11 @@ PROCESSOR = Processor.from_pretrained(command.TINY)
 TOKENIZER = PROCESSOR.tokenizer
 IDS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
 IDS = {name: TOKENIZER.token_id(token) for name, token in IDS.items()}
+IDS["vocab"] = max(IDS.values()) + 1  # the control tokens come last
 CONFIGS = {
-    "plain": small_config(vocab=433, **IDS),
-    "window": small_config(vocab=433, use_sliding_window=True, sliding_window=24, max_window_layers=1, **IDS),
-    "dynamic": small_config(vocab=433, max_position_embeddings=60, **IDS)
+    "plain": small_config(**IDS),
+    "window": small_config(use_sliding_window=True, sliding_window=24, max_window_layers=1, **IDS),
+    "dynamic": small_config(max_position_embeddings=60, **IDS)
     | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0, "mrope_section": [2, 3, 3]}},
 }
 WEIGHTS = random_weights(CONFIGS["plain"], seed=5)
@@ -151,8 +152,7 @@ def test_an_answer_that_melts_into_the_prompt_is_cut_off_with_it(monkeypatch):
     both; here it takes the place of the bundled vocabulary's last one."""
     description = json.loads((command.TINY / "tokenizer.json").read_text())
     vocabulary, merges = description["model"]["vocab"], description["model"]["merges"]
-    assert merges.pop() == ["I", "n"]
-    both = vocabulary["ĊĊ"] = vocabulary.pop("In")
+    both = vocabulary["ĊĊ"] = vocabulary.pop("".join(merges.pop()))
     merges.append(["Ċ", "Ċ"])
     backend = tokenizers.Tokenizer.from_str(json.dumps(description))
     processor = Processor(Tokenizer(backend, "<|endoftext|>", "<|im_end|>"), ImageConfig())
@@ -329,7 +329,7 @@ def test_quiet_leaves_the_answers_and_else_what_came_in_is_told(talk):
     lines = ("/image shapes.png", "How many shapes are there?", "How many shapes are there?", "/help")
     said = talk(*lines, options=())
     assert said.out == "Four.\nFour.\n"
-    for part in ("shapes.png: 195×140 pixels", "62 tokens in, 3 out", "16 tokens in, 3 out", "/video FILE"):
+    for part in ("shapes.png: 200×136 pixels", "62 tokens in, 3 out", "16 tokens in, 3 out", "/video FILE"):
         assert part in said.err
     assert talk(*lines[:-1]) == ("Four.\nFour.\n", "")
 
@@ -419,9 +419,12 @@ def test_a_terminal_has_a_prompt_that_ctrl_c_clears(endless, tmp_path, redirecte
     terminal, its_end = pty.openpty()
     screen = b""
 
-    def wait_for(text):
+    def wait_for(text, again=b""):
         nonlocal screen
         while text not in screen:
+            if again and not select.select([terminal], [], [], 10)[0]:
+                os.write(terminal, again)
+                again = b""
             assert select.select([terminal], [], [], 60)[0], f"no {text} after {screen}"
             screen += os.read(terminal, 1000)
         screen = screen.split(text, 1)[1]
@@ -434,26 +437,31 @@ def test_a_terminal_has_a_prompt_that_ctrl_c_clears(endless, tmp_path, redirecte
         try:
             wait_for(b"/help lists the commands")
             wait_for(b"> ")
+            # Python overlooks a ^C that comes between two looks at the keyboard; with another, they count as one.
             os.write(terminal, b"half a quest\x03")
-            wait_for(b"leaves)")
+            wait_for(b"leaves)", again=b"\x03")
             wait_for(b"> ")
             os.write(terminal, f"/image {ROOT}/examples/shapes.png\n".encode())
             wait_for(b"35 tokens")
             wait_for(b"[image] > ")
-            os.write(terminal, b"What is this?\n")
+            os.write(terminal, b"Describe the image.\n")
             if not redirected:
                 wait_for(b"square")
                 os.write(terminal, b"\x03")
             wait_for(b" tokens in, ")
             wait_for(b"> ")
             os.write(terminal, b"\x03")
-            wait_for(b"leaves)")
+            wait_for(b"leaves)", again=b"\x03")
             wait_for(b"> ")
             os.write(terminal, b"\x03")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            if process.poll() is None:
+                os.write(terminal, b"\x03")
             assert process.wait(60) == 130
         finally:
             process.kill()
             os.close(terminal)
         file.seek(0)
         written = file.read()
-    assert (written.startswith(b"A green square") and written.count(b"\n") == 1) if redirected else written == b""
+    assert (written.startswith(b"A blue triangle") and written.count(b"\n") == 1) if redirected else written == b""

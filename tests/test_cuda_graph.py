@@ -136,7 +136,7 @@ def test_whole_answers_are_the_same_for_a_batch_with_sampling_too():
 def test_the_command_line_takes_it(capsys):
     options = ["--image", "examples/shapes.png", "--prompt", "Describe the image.", "--device", "cpu", "--cuda-graph"]
     assert generate.main(options) == 0
-    assert capsys.readouterr().out.startswith("A green square at the top right")
+    assert capsys.readouterr().out.startswith("A blue triangle at the top left")
     for other in ("--logprobs", "--explain"):
         with pytest.raises(SystemExit):
             generate.main([*options, other])

@@ -121,13 +121,13 @@ def test_packed_attention_is_off_by_a_510th_of_the_largest_at_most():
 
 @pytest.mark.parametrize(("most", "stored"), [(16, (4, 4)), (15, (4, 1)), (4, (4, 1)), (3, (1, 1))])
 def test_a_page_that_grew_too_large_holds_means(tmp_path, tiny, processor, monkeypatch, most, stored):
-    monkeypatch.setattr(report, "MOST", most * 3 * 9)  # words and tokens
+    monkeypatch.setattr(report, "MOST", most * 3 * 6)  # words and tokens
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         _, data, batch, ids = page_of(tmp_path / "page.html", tiny, processor, ("small",), tokens=3)
     assert len(said) == stored.count(1)
     assert (data["layers"], data["heads"]) == stored
-    weights, _ = report.look(tiny, batch, ids, list(range(15, 24)))
+    weights, _ = report.look(tiny, batch, ids, list(range(15, 21)))
     assert np.abs(unpacked(data).mean((0, 1)) - weights.mean((0, 1)).numpy()).max() < 1 / 510
     assert data["means"] == [4, 4]
 
@@ -167,7 +167,7 @@ def test_the_page_holds_the_models_numbers(tmp_path, tiny, processor, media):
 def test_the_page_is_small_and_needs_nothing_else(tmp_path, tiny, processor):
     text, data, _, _ = page_of(tmp_path / "page.html", tiny, processor, tokens=30)
     assert len(text.encode()) < 150_000
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace(data["attention"], ""))
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"[\w+/=]{100,}", "", text))
     assert "default-src 'none'" in text
     assert all(one["src"].startswith(("data:image/png;", "data:image/jpeg;")) for one in data["pictures"])
 
