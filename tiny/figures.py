@@ -17,9 +17,10 @@ matplotlib.use("Agg")  # draws into files: there need be no screen
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
+from extras.boxes import find_boxes
 from load_weights import load_model
 from tiny.scenes import SKILLS, Lesson, draw
-from tiny.score import BOX, CHECKPOINT, ask, processor_for, questions
+from tiny.score import CHECKPOINT, ask, processor_for, questions
 
 FOLDER = Path(__file__).parent
 AGAIN = ("read", "compare", "video")  # the skills that are shown twice; the others once
@@ -28,9 +29,8 @@ AGAIN = ("read", "compare", "video")  # the skills that are shown twice; the oth
 def picture(lesson: Lesson, said: str) -> Image.Image:
     """All that there is to be seen, side by side, with the box that was said."""
     frames = [draw(scene) for scene in lesson.scenes]
-    if box := BOX.search(said):
-        edges = [int(number) / 1000 * side for number, side in zip(box.groups(), frames[0].size * 2, strict=True)]
-        ImageDraw.Draw(frames[0]).rectangle(edges, outline=(255, 0, 255), width=2)
+    for box in find_boxes(said)[:1]:
+        ImageDraw.Draw(frames[0]).rectangle(box.in_pixels(*frames[0].size), outline=(255, 0, 255), width=2)
     width, height = sum(frame.width + 4 for frame in frames) - 4, max(frame.height for frame in frames)
     strip, left = Image.new("RGB", (width, height), "white"), 0
     for frame in frames:

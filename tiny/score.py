@@ -7,10 +7,10 @@ they cover together. Of two questions in a row the second counts, after what the
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
+from extras.boxes import find_boxes
 from generate import generate
 from load_weights import load_model
 from preprocess import Processor
@@ -18,7 +18,6 @@ from qwen2vl import Qwen2VL
 from tiny.scenes import SKILLS, Exchange, Lesson, lesson, messages
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
-BOX = re.compile(r"<\|box_start\|>\((\d+),(\d+)\),\((\d+),(\d+)\)<\|box_end\|>")
 
 
 def processor_for(folder: Path) -> Processor:
@@ -40,11 +39,11 @@ def questions(skill: str, count: int) -> list[tuple[Lesson, Exchange]]:
 
 
 def overlap(said: str, answer: str) -> float:
-    """The IoU of the boxes in two answers; 0 where there is none to read."""
-    boxes = [[int(number) for number in found.groups()] for found in map(BOX.search, (said, answer)) if found]
-    if len(boxes) < 2:
+    """The IoU of the first boxes in two answers; 0 where there is none to read."""
+    boxes = [find_boxes(text)[:1] for text in (said, answer)]
+    if not all(boxes):
         return 0.0
-    (a, b, c, d), (e, f, g, h) = boxes
+    [(_, a, b, c, d)], [(_, e, f, g, h)] = boxes
     shared = max(0, min(c, g) - max(a, e)) * max(0, min(d, h) - max(b, f))
     return shared / max(1, (c - a) * (d - b) + (g - e) * (h - f) - shared)
 
