@@ -440,6 +440,16 @@ def begins(topic):
     return min(step for step, topics in train.CURRICULUM.items() if topic in topics.split())
 
 
+def test_the_learning_rate_falls_to_zero_and_starts_anew():
+    steps = 50_000
+    for begin, (share, _) in train.LEGS.items():
+        assert train.learning_rate(begin + 200, steps, 1.0) == pytest.approx(share, rel=0.02)
+        assert train.learning_rate(begin, steps, 1.0) < 0.01 * share, "a warm-up"
+    for last in (19_999, 31_999, steps - 1):
+        assert train.learning_rate(last, steps, 1.0) < 1e-6
+    assert [train.learning_rate(step, 6, 1.0) for step in (0, 3)] == pytest.approx([1.0, 0.5]), "a run of six steps"
+
+
 def test_several_pictures_and_clips_begin_with_one_shape(folder, monkeypatch):
     for topic, skill in (("inside", "inside"), ("which", "shows"), ("more", "compare")):
         lessons = lessons_of(folder, monkeypatch, topic, begins(f"{topic}1"))
@@ -597,6 +607,8 @@ def test_raster_order_is_row_by_row_for_patches_and_their_places(folder, without
 
 
 def test_the_table_of_ablations_shows_what_each_loses(tmp_path):
+    with pytest.raises(SystemExit, match="to compare with: run the variant none first"):
+        ablations.table(tmp_path)
     for name, share in (("none", 0.975), ("raster", 0.5), ("no-time", 0.98)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "score.json").write_text(json.dumps({"read": share}))

@@ -110,6 +110,8 @@ def table(runs: Path) -> str:
     """The skills as rows, the variants as columns: the whole model's score, then what the others differ from it."""
     results = {name: runs / name / "score.json" for name in VARIANTS}
     results = {name: json.loads(file.read_text()) for name, file in results.items() if file.exists()}
+    if "none" not in results:
+        raise SystemExit(f"there is no {runs / 'none' / 'score.json'} to compare with: run the variant none first")
     rows = ["| skill | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for skill, whole in results["none"].items():
         others = [f"{100 * (scores[skill] - whole):+.1f}" for name, scores in results.items() if name != "none"]

@@ -37,7 +37,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 # the most shapes in a picture, which is then small. Lone shapes are described first: asked only where they are, the
 # model learned to let go of their colours. To find a shape by its name is learned late, but then quickly: from many
 # such questions with short answers, when it is known what stands where. In the same way, "Which picture shows a red
-# circle?" comes after "What is in picture 2?", and both with lone shapes, as do boxes.
+# circle?" comes after "What is in picture 2?", and both with lone shapes, as do boxes. From step 20,000 on, what lags
+# behind gets most of the parts for a while, and then everything comes again.
 CURRICULUM = {
     0: "lone lone words",
     400: "places places places places places words",
@@ -59,6 +60,21 @@ CURRICULUM = {
     23500: "pairs pairs boxes words pairs pairs",
     24500: "events events boxes words pairs events",
     25000: "shapes words boxes album clip counts pairs words boxes more inside events",
+    32000: "colours colours words boxes colours colours",
+    32500: "which which words boxes which more",
+    33000: "more more words boxes more which",
+    33500: "colours2 colours2 words boxes colours2 colours2",
+    34500: "colours3 colours3 words boxes colours3 which2",
+    35000: "which2 which2 more2 words boxes more2",
+    36000: "boxes boxes2 words boxes boxes words",
+    38500: "more more words boxes more counts",
+    39500: "boxes boxes words boxes2 colours2 boxes",
+    42000: "shapes words boxes more counts words boxes album clip shapes words boxes colours words more pairs",
+    44500: "shapes words boxes more counts pairs album words boxes clip shapes events inside "
+    "words boxes more counts colours",
+    46500: "pairs pairs counts words pairs pairs",
+    47000: "shapes words boxes more counts pairs album words boxes clip shapes events inside "
+    "words pairs more counts pairs",
 }
 # What a topic shows, the questions that it asks, the most of them in one conversation, and the work, in patches, that
 # a question is and a picture, or a pair of frames.
@@ -69,6 +85,7 @@ TOPICS = {
     "names": ("shapes", ["where", "colour", "relation"], 8, 25, 1),
     "counts": ("shapes", ["count", "relation"], 5, 25, 1),
     "pairs": ("shapes", ["colour", "relation"], 2, 25, 1),
+    "colours": ("shapes", ["colour"], 1, 25, 1),
     "boxes": ("shapes", ["ground"], 2, 40, 1),
     "words": ("words", ["read"], 1, 45, 1),
     "album": ("album", SKILLS["album"], 8, 25, 2.5),
@@ -80,7 +97,8 @@ TOPICS = {
 }
 STAGES = (5000, 9000)  # the steps from which on there are small pictures of any size, and those of all sizes
 WORDS_STAGES = (875, 1875)  # the same for words: letters are learned much sooner than places
-RESTART, AGAIN = 20_000, 0.6  # the step from which on the learning rate falls once more, from that share of its peak
+# Where the learning rate starts anew, from which share of its peak, and at which step its fall would end.
+LEGS = {0: (1.0, 20_000), 20_000: (0.6, 32_000), 32_000: (0.6, 50_000), 46_500: (0.3, math.inf)}
 GROW = 400  # steps: a topic begins with one shape; after each so many there is one more, up to six
 
 # ------------------------------------------------------------------------------------------------------- the data
@@ -160,11 +178,12 @@ def initialise(model: Qwen2VL) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A short warm-up, then half a cosine from the peak down to zero; from RESTART on once more, from a lower one."""
-    begin, end = (0, min(RESTART, steps)) if step < RESTART else (RESTART, steps)
-    peak *= 1.0 if begin == 0 else AGAIN
-    warm = min(1.0, (step - begin + 1) / min(200, 0.1 * (end - begin)))
-    return peak * warm * (1 + math.cos(math.pi * (step - begin) / (end - begin))) / 2
+    """For each of LEGS a short warm-up, then half a cosine down to zero."""
+    begin = max(leg for leg in LEGS if leg <= step)
+    share, end = LEGS[begin]
+    length = min(steps, end) - begin
+    warm = min(1.0, (step - begin + 1) / min(200, 0.1 * length))
+    return peak * share * warm * (1 + math.cos(math.pi * (step - begin) / length)) / 2
 
 
 def train(rank: int, args, config: Config) -> None:
@@ -255,7 +274,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled model and score it.")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where the model goes")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on")
-    parser.add_argument("--steps", type=int, default=32_000)
+    parser.add_argument("--steps", type=int, default=50_000)
     parser.add_argument("--parts", type=int, default=6, help="of a step, each of one topic")
     parser.add_argument("--work", type=int, default=800, help="size of a part, in patches")
     parser.add_argument("--lr", type=float, default=7e-4)
