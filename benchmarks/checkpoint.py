@@ -94,24 +94,32 @@ def tasks(shapes: str) -> dict[str, dict]:
     """The questions that are measured. A picture of 736 tokens among 32 of text; short texts side by side; a film;
     and as many words as the picture's prompt has tokens, which is what llama.cpp is asked."""
     if shapes == "tiny":
-        # The bundled model was never asked without a picture; what it then predicts turns on the smallest rounding.
+        # A trained model is asked what it knows: after random words what it says turns on the smallest rounding.
+        from benchmarks.workers import PROMPT
+        from tokenizer import Tokenizer
+
+        tokenizer, (before, after) = Tokenizer.from_pretrained(find_checkpoint("tiny")), PROMPT.split("{}")
+        before, after = (("ids", *tokenizer.encode(text)) for text in (before, "Describe the image." + after))
         picture = ("image", 1, 4, 6)
-        sizes = {"picture": picture, "video": ("video", 2, 4, 4), "row": [10, picture, 20], "rows": 2, "new": 4}
+        row = [before, picture, after]
+        sizes = {"picture": picture, "video": ("video", 2, 4, 4), "row": row, "rows": 2, "new": 4}
     else:
+        before, after = 10, 20
         # 16 frames are 8 slices, here of 336×224 pixels: as many tokens as the picture has, about.
         sizes = {"picture": ("image", 1, 23, 32), "video": ("video", 8, 8, 12), "row": [96], "rows": 8, "new": 32}
     return {
         # The first new token comes with the prefill.
-        "picture": {"rows": [[10, sizes["picture"], 20]], "new_tokens": sizes["new"] + 1},
+        "picture": {"rows": [[before, sizes["picture"], after]], "new_tokens": sizes["new"] + 1},
         "batch": {"rows": [sizes["row"]] * sizes["rows"], "new_tokens": sizes["new"] + 1},
-        "video": {"rows": [[10, sizes["video"], 20]], "new_tokens": 1},
+        "video": {"rows": [[before, sizes["video"], after]], "new_tokens": 1},
         "llama": {"rows": [[32 + math.prod(sizes["picture"][1:])]], "new_tokens": sizes["new"] + 1},
     }
 
 
 def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
-    """Random inputs, the same for both sides. A part of a row is a number (that many tokens of text) or a picture or
-    clip, ("image" or "video", slices in time, height, width in tokens), which also has a token before and after it.
+    """Random inputs, the same for both sides. A part of a row is a number (that many tokens of text), tokens of text,
+    ("ids", the first, the second, ...), or a picture or clip, ("image" or "video", slices in time, height, width in
+    tokens), which also has a token before and after it.
 
     All rows must come out equally long: padding is a matter of its own.
     """
@@ -128,6 +136,9 @@ def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
         for part in row:
             if isinstance(part, int):
                 ids[-1] += pick.integers(words, size=part).tolist()
+                continue
+            if part[0] == "ids":
+                ids[-1] += part[1:]
                 continue
             kind, t, h, w = part
             placeholder = config.image_token_id if kind == "image" else config.video_token_id
@@ -147,11 +158,18 @@ def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
 # ----------------------------------------------------------------------------------------------------- the work
 # What cannot be avoided: multiplications and additions of the products and of attention (a causal one only where it
 # looks), and bytes of weights and cache that have to be read. Norms, rope and activations are not counted.
+def part_size(part) -> int:
+    """Tokens of a part of a row."""
+    if isinstance(part, int):
+        return part
+    return len(part) - 1 if part[0] == "ids" else math.prod(part[1:]) + 2
+
+
 def task_size(task: dict) -> tuple[int, int, list[tuple]]:
     """B, S and the pictures and clips [(slices, height, width in tokens)] of a task."""
-    media = [part[1:] for row in task["rows"] for part in row if not isinstance(part, int)]
-    tokens = sum(part if isinstance(part, int) else math.prod(part[1:]) + 2 for part in task["rows"][0])
-    return len(task["rows"]), tokens, media
+    parts = [part for row in task["rows"] for part in row if not isinstance(part, int)]
+    media = [part[1:] for part in parts if part[0] != "ids"]
+    return len(task["rows"]), sum(map(part_size, task["rows"][0])), media
 
 
 def vision_work(config: Config, media: list[tuple], itemsize: float) -> tuple[float, float]:

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import checkpoint, compare, llama, machine, scaling, workers
 from load_weights import load_config
+from preprocess import Processor
 from qwen2vl import Qwen2VL
 
 TINY = checkpoint.find_checkpoint("tiny")
@@ -89,6 +91,14 @@ def test_the_clip_has_16_frames_and_positions_that_all_versions_agree_on():
 def test_llama_is_asked_as_many_words_as_the_pictures_prompt_has_tokens():
     assert checkpoint.task_size(checkpoint.tasks("2b")["llama"]) == (1, 768, [])
     assert checkpoint.tasks("2b")["llama"]["new_tokens"] == checkpoint.tasks("2b")["picture"]["new_tokens"]
+
+
+def test_the_bundled_model_is_asked_what_it_was_trained_to_answer(tiny_config):
+    task, picture = checkpoint.tasks("tiny")["picture"], Image.new("RGB", (6 * 28, 4 * 28))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "Describe the image."}]
+    expected = Processor.from_pretrained(TINY)([{"role": "user", "content": content}])
+    assert checkpoint.make_batch(tiny_config, task["rows"]).input_ids.tolist() == expected.input_ids.tolist()
+    assert checkpoint.task_size(task) == (1, expected.input_ids.shape[1], [(1, 4, 6)])
 
 
 def test_inputs_are_the_same_every_time(tiny_config):

@@ -75,6 +75,17 @@ CURRICULUM = {
     46500: "pairs pairs counts words pairs pairs",
     47000: "shapes words boxes more counts pairs album words boxes clip shapes events inside "
     "words pairs more counts pairs",
+    50000: "chat chat words boxes chat chat",
+    51000: "inside inside which words boxes which",
+    52000: "more counts more words boxes counts",
+    52500: "more counts pairs words boxes pairs",
+    53500: "events events pairs words chat clip",
+    54500: "shapes words boxes more counts chat words album boxes clip shapes words events inside boxes more counts "
+    "chat words pairs",
+    58000: "shapes words boxes counts chat more words album boxes clip counts words events boxes shapes inside words "
+    "counts boxes more pairs chat",
+    65000: "shapes words boxes more counts chat words album more boxes chat counts words clip which boxes more chat "
+    "inside events words pairs",
 }
 # What a topic shows, the questions that it asks, the most of them in one conversation, and the work, in patches, that
 # a question is and a picture, or a pair of frames.
@@ -84,6 +95,7 @@ TOPICS = {
     "places": ("shapes", ["describe", "count", "what", "shape"], 8, 30, 1),
     "names": ("shapes", ["where", "colour", "relation"], 8, 25, 1),
     "counts": ("shapes", ["count", "relation"], 5, 25, 1),
+    "chat": ("shapes", ["chat"], 1, 25, 1),
     "pairs": ("shapes", ["colour", "relation"], 2, 25, 1),
     "colours": ("shapes", ["colour"], 1, 25, 1),
     "boxes": ("shapes", ["ground"], 2, 40, 1),
@@ -98,7 +110,14 @@ TOPICS = {
 STAGES = (5000, 9000)  # the steps from which on there are small pictures of any size, and those of all sizes
 WORDS_STAGES = (875, 1875)  # the same for words: letters are learned much sooner than places
 # Where the learning rate starts anew, from which share of its peak, and at which step its fall would end.
-LEGS = {0: (1.0, 20_000), 20_000: (0.6, 32_000), 32_000: (0.6, 50_000), 46_500: (0.3, math.inf)}
+LEGS = {
+    0: (1.0, 20_000),
+    20_000: (0.6, 32_000),
+    32_000: (0.6, 50_000),
+    46_500: (0.3, 50_000),
+    50_000: (0.4, 65_000),
+    65_000: (0.15, math.inf),
+}
 GROW = 400  # steps: a topic begins with one shape; after each so many there is one more, up to six
 
 # ------------------------------------------------------------------------------------------------------- the data
@@ -274,7 +293,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled model and score it.")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where the model goes")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on")
-    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--steps", type=int, default=67_500)
     parser.add_argument("--parts", type=int, default=6, help="of a step, each of one topic")
     parser.add_argument("--work", type=int, default=800, help="size of a part, in patches")
     parser.add_argument("--lr", type=float, default=7e-4)
