@@ -155,9 +155,6 @@ def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
     return batch
 
 
-# ----------------------------------------------------------------------------------------------------- the work
-# What cannot be avoided: multiplications and additions of the products and of attention (a causal one only where it
-# looks), and bytes of weights and cache that have to be read. Norms, rope and activations are not counted.
 def part_size(part) -> int:
     """Tokens of a part of a row."""
     if isinstance(part, int):
@@ -165,6 +162,9 @@ def part_size(part) -> int:
     return len(part) - 1 if part[0] == "ids" else math.prod(part[1:]) + 2
 
 
+# ----------------------------------------------------------------------------------------------------- the work
+# What cannot be avoided: multiplications and additions of the products and of attention (a causal one only where it
+# looks), and bytes of weights and cache that have to be read. Norms, rope and activations are not counted.
 def task_size(task: dict) -> tuple[int, int, list[tuple]]:
     """B, S and the pictures and clips [(slices, height, width in tokens)] of a task."""
     parts = [part for row in task["rows"] for part in row if not isinstance(part, int)]

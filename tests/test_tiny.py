@@ -422,6 +422,9 @@ def test_a_description_comes_last_and_often_alone(folder, monkeypatch):
     lessons = [asked for _, asked in lessons_of(folder, monkeypatch, "places", 2000)]
     assert all(asked[-1].skill == "describe" for asked in lessons)
     assert {len(asked) for asked in lessons} >= {1, 2, 3}
+    told = [asked for _, asked in lessons_of(folder, monkeypatch, "told", begins("told"))]
+    assert all(asked[0].skill == "describe" for asked in told), "here alone more is asked after it"
+    assert {len(asked) for asked in told} >= {1, 2, 3}
 
 
 def test_names_are_practised_alone_and_relations_first_with_two_words(folder, monkeypatch):
@@ -435,17 +438,37 @@ def test_names_are_practised_alone_and_relations_first_with_two_words(folder, mo
         assert said & {"left", "above", "right", "below"} == ways
 
 
+def test_kinds_are_asked_for_where_there_are_several(folder, monkeypatch):
+    shares = {}
+    for topic in ("kinds", "chat"):
+        lessons = lessons_of(folder, monkeypatch, topic, begins("kinds") + 500)
+        assert {exchange.skill for _, asked in lessons for exchange in asked} == {"chat"}
+        shares[topic] = sum(train.by_kind(one) for one, _ in lessons) / len(lessons)
+    assert shares["kinds"] > 0.4 > 0.3 > shares["chat"]
+    [chat] = [exchange for exchange in lessons[0][0].exchanges if exchange.skill == "chat"]
+    red, blue = (scenes.Shape(*shape, "", (0, 0, 1, 1)) for shape in (("star", "red"), ("circle", "blue")))
+    for question, shapes, expected in [
+        ("Where is the star?", (red, blue), True),
+        ("Where is the star?", (red,), False),
+        ("Where is the red star?", (red, blue), False),
+        ("What shape is at the right?", (red, blue), False),
+    ]:
+        scene = replace(lessons[0][0].scenes[0], shapes=shapes)
+        asked = replace(chat, turns=((question, ""), chat.turns[1]))
+        assert train.by_kind(replace(lessons[0][0], scenes=(scene,), exchanges=(asked,))) == expected
+
+
 def begins(topic):
     """The first step that has a topic, written as in the table."""
     return min(step for step, topics in train.CURRICULUM.items() if topic in topics.split())
 
 
 def test_the_learning_rate_falls_to_zero_and_starts_anew():
-    steps = 67_500
+    steps = 83_000
     for begin, (share, _) in train.LEGS.items():
         assert train.learning_rate(begin + 200, steps, 1.0) == pytest.approx(share, rel=0.02)
         assert train.learning_rate(begin, steps, 1.0) < 0.01 * share, "a warm-up"
-    for last in (19_999, 31_999, 49_999, 64_999, steps - 1):
+    for last in (19_999, 31_999, 49_999, 64_999, 67_499, 74_499, 77_999, steps - 1):
         assert train.learning_rate(last, steps, 1.0) < 1e-6
     assert [train.learning_rate(step, 6, 1.0) for step in (0, 3)] == pytest.approx([1.0, 0.5]), "a run of six steps"
 

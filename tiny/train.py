@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from load_weights import save_model
 from qwen2vl import Config, Qwen2VL
 from tiny.folder import make_config, make_tokenizer, write_json
-from tiny.scenes import SKILLS, SMALL, TRAIN_SEEDS, lesson, messages, sizes
+from tiny.scenes import SKILLS, SMALL, TRAIN_SEEDS, Lesson, lesson, messages, sizes
 from tiny.score import processor_for, table
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -86,6 +86,18 @@ CURRICULUM = {
     "counts boxes more pairs chat",
     65000: "shapes words boxes more counts chat words album more boxes chat counts words clip which boxes more chat "
     "inside events words pairs",
+    67500: "chat2 chat2 counts pairs chat2 chat2",
+    68300: "chat3 chat3 counts pairs chat words",
+    68800: "shapes words boxes counts chat more words told boxes counts which words clip counts more pairs album "
+    "words shapes boxes counts chat inside events more told",
+    74500: "more shapes boxes more chat words more counts boxes more album words chat more which clip pairs more "
+    "words boxes shapes inside events counts chat told",
+    78000: "kinds kinds boxes words more kinds",
+    78500: "more shapes boxes kinds words counts boxes more words kinds album clip which counts kinds words more "
+    "boxes chat pairs kinds shapes inside words events told",
+    79500: "kinds2 kinds2 words more kinds2 kinds2",
+    80200: "more shapes boxes kinds2 words counts boxes more words kinds album clip which counts kinds words more "
+    "boxes chat pairs kinds2 shapes inside words events told",
 }
 # What a topic shows, the questions that it asks, the most of them in one conversation, and the work, in patches, that
 # a question is and a picture, or a pair of frames.
@@ -96,6 +108,8 @@ TOPICS = {
     "names": ("shapes", ["where", "colour", "relation"], 8, 25, 1),
     "counts": ("shapes", ["count", "relation"], 5, 25, 1),
     "chat": ("shapes", ["chat"], 1, 25, 1),
+    "kinds": ("shapes", ["chat"], 1, 25, 1),
+    "told": ("shapes", SKILLS["shapes"], 4, 30, 1),
     "pairs": ("shapes", ["colour", "relation"], 2, 25, 1),
     "colours": ("shapes", ["colour"], 1, 25, 1),
     "boxes": ("shapes", ["ground"], 2, 40, 1),
@@ -116,11 +130,22 @@ LEGS = {
     32_000: (0.6, 50_000),
     46_500: (0.3, 50_000),
     50_000: (0.4, 65_000),
-    65_000: (0.15, math.inf),
+    65_000: (0.15, 67_500),
+    67_500: (0.3, 74_500),
+    74_500: (0.25, 78_000),
+    78_000: (0.25, 80_500),
+    79_500: (0.3, math.inf),
 }
 GROW = 400  # steps: a topic begins with one shape; after each so many there is one more, up to six
 
 # ------------------------------------------------------------------------------------------------------- the data
+
+
+def by_kind(one: Lesson) -> bool:
+    """Whether a question that another follows calls a shape by its kind, where there are others: one in six does."""
+    [chat] = (exchange for exchange in one.exchanges if exchange.skill == "chat")
+    kinds = {shape.kind for shape in one.scenes[0].shapes}
+    return len(kinds) > 1 and any(f"the {kind}" in chat.turns[0][0] for kind in kinds)
 
 
 class Batches:
@@ -151,14 +176,16 @@ class Batches:
         cells = rng.choice(sizes(world, stage))
         longest = rng.randint(1, longest)
         count = max(1, min(64, round(self.work / (words * longest + picture * 4 * cells[0] * cells[1]))))
-        talks = []
-        for seed in range(TRAIN_SEEDS + 64 * number, TRAIN_SEEDS + 64 * number + count):
-            one = lesson(world, seed, cells, stage, most)
-            # What there is in all comes always and last: what follows it can be read off it, without a look. In a
-            # picture in which no shape has a name of its own, something else is asked.
+        seeds = range(TRAIN_SEEDS + 64 * number, TRAIN_SEEDS + 64 * number + (64 if topic == "kinds" else count))
+        lessons, talks = [lesson(world, seed, cells, stage, most) for seed in seeds], []
+        if topic == "kinds":
+            lessons.sort(key=by_kind, reverse=True)
+        for one in lessons[:count]:
+            # What there is in all comes always and last: what follows it can be read off it, without a look (only
+            # "told" asks on after it). In a picture in which no shape has a name of its own, something else is asked.
             asked = [exchange for exchange in one.exchanges if exchange.skill in skills] or list(one.exchanges)
             asked.sort(key=lambda exchange: exchange.skill != "describe")
-            talks.append(messages(one, asked[:longest][::-1]))
+            talks.append(messages(one, asked[:longest] if topic == "told" else asked[:longest][::-1]))
         batch = self.processor(talks, add_generation_prompt=False, add_vision_id=world == "album")
         # Prompts are padded on the left; a training row turns round to be padded on the right, where no token can
         # see the padding, so that attention needs no mask.
@@ -293,7 +320,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled model and score it.")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where the model goes")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on")
-    parser.add_argument("--steps", type=int, default=67_500)
+    parser.add_argument("--steps", type=int, default=83_000)
     parser.add_argument("--parts", type=int, default=6, help="of a step, each of one topic")
     parser.add_argument("--work", type=int, default=800, help="size of a part, in patches")
     parser.add_argument("--lr", type=float, default=7e-4)
