@@ -209,16 +209,19 @@ def shapes_batch():
     return processor([{"role": "user", "content": content}])
 
 
-@pytest.mark.parametrize(("quantize", "places", "cosine"), [("int8", 4, 0.999), ("int4", 1, 0.99)])
-def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, places, cosine, shapes_batch):
+@pytest.mark.parametrize(("quantize", "cosine"), [("int8", 0.999), ("int4", 0.97)])
+def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, cosine, shapes_batch):
     model, small = load_model(TINY, "cpu", torch.float32), load_model(TINY, "cpu", quantize=quantize)
+    [reply] = generate.generate(model, shapes_batch)
+    assert generate.generate(small, shapes_batch) == [reply]
     inputs = {name: torch.as_tensor(array) for name, array in shapes_batch.arrays().items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([reply])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.inference_mode():
         logits, found = model(**inputs), small(**inputs)
     assert found.dtype == torch.bfloat16
-    words = slice(-places, None)  # only the last was trained: it predicts the answer's first word
+    words = slice(-len(reply) - 1, -1)  # the places that predict the answer: what others predict, nobody trained
     assert torch.cosine_similarity(logits[:, words].double(), found[:, words].double(), dim=-1).min() > cosine
-    assert generate.generate(small, shapes_batch) == generate.generate(model, shapes_batch)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])

@@ -422,7 +422,8 @@ def test_a_description_comes_last_and_often_alone(folder, monkeypatch):
     lessons = [asked for _, asked in lessons_of(folder, monkeypatch, "places", 2000)]
     assert all(asked[-1].skill == "describe" for asked in lessons)
     assert {len(asked) for asked in lessons} >= {1, 2, 3}
-    told = [asked for _, asked in lessons_of(folder, monkeypatch, "told", begins("told"))]
+    steps = range(begins("told"), begins("told") + 6)
+    told = [asked for step in steps for _, asked in lessons_of(folder, monkeypatch, "told", step)]
     assert all(asked[0].skill == "describe" for asked in told), "here alone more is asked after it"
     assert {len(asked) for asked in told} >= {1, 2, 3}
 
