@@ -494,6 +494,15 @@ def test_boxes_are_scored_by_their_overlap(said, expected):
     assert score.overlap(f"<|box_start|>{said}<|box_end|>", answer) == expected
 
 
+def test_other_questions_can_be_scored(monkeypatch):
+    asked = []
+    monkeypatch.setattr(score, "load_model", lambda folder, **options: None)
+    monkeypatch.setattr(score, "ask", lambda model, processor, items: asked.extend(items) or [""] * len(items))
+    assert score.main(["--items", "1", "--skip", "2"]) == 0
+    skills = [skill for skills in scenes.SKILLS.values() for skill in skills]
+    assert asked == [score.questions(skill, 3)[-1] for skill in skills]
+
+
 def test_the_score_is_also_taken_in_fewer_bits_and_shows_what_is_wrong(monkeypatch, capsys):
     loaded, skills = [], [skill for skills in scenes.SKILLS.values() for skill in skills]
     monkeypatch.setattr(score, "load_model", lambda folder, **options: loaded.append(options))

@@ -44,7 +44,7 @@ def samples(folder: Path, file: Path, columns: int = 3) -> None:
     model, processor = load_model(folder), processor_for(folder)
     shown = []
     for number, skill in enumerate(skill for skills in SKILLS.values() for skill in skills):
-        items = questions(skill, number + (2 if skill in AGAIN else 1))[number:]
+        items = questions(skill, 2 if skill in AGAIN else 1, skip=number)
         for (lesson, exchange), said in zip(items, ask(model, processor, items), strict=True):
             *before, (question, answer) = exchange.turns
             lines = [line for turn in before for line in turn] + [question]

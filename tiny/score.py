@@ -28,14 +28,14 @@ def processor_for(folder: Path) -> Processor:
     return processor
 
 
-def questions(skill: str, count: int) -> list[tuple[Lesson, Exchange]]:
-    """The first `count` evaluation lessons in which the skill is asked for, each with one such exchange."""
+def questions(skill: str, count: int, skip: int = 0) -> list[tuple[Lesson, Exchange]]:
+    """The first `count` evaluation lessons after `skip` others in which the skill is asked for, with one exchange."""
     [topic], found, seed = [topic for topic, skills in SKILLS.items() if skill in skills], [], 0
-    while len(found) < count:
+    while len(found) < skip + count:
         one = lesson(topic, seed)
         found += [(one, exchange) for exchange in one.exchanges if exchange.skill == skill][:1]
         seed += 1
-    return found
+    return found[skip:]
 
 
 def overlap(said: str, answer: str) -> float:
@@ -64,12 +64,12 @@ def ask(model: Qwen2VL, processor: Processor, items: list[tuple[Lesson, Exchange
 
 
 def score(
-    folder: Path, count: int, size: int = 50, show_wrong: int = 0, quantize: str | None = None
+    folder: Path, count: int, size: int = 50, *, skip: int = 0, show_wrong: int = 0, quantize: str | None = None
 ) -> dict[str, float]:
-    """The share of the points of each skill, over `count` questions; `size` conversations at a time."""
+    """The share of the points of each skill, over `count` questions after `skip`; `size` conversations at a time."""
     model, processor, results = load_model(folder, quantize=quantize), processor_for(folder), {}
     for skill in [skill for skills in SKILLS.values() for skill in skills]:
-        items, points, wrong = questions(skill, count), 0.0, show_wrong
+        items, points, wrong = questions(skill, count, skip), 0.0, show_wrong
         for i in range(0, count, size):
             for (_, exchange), said in zip(
                 items[i : i + size], ask(model, processor, items[i : i + size]), strict=True
@@ -83,9 +83,9 @@ def score(
     return results
 
 
-def table(folder: Path, count: int, show_wrong: int = 0, quantize: str | None = None) -> str:
-    shares = score(folder, count, show_wrong=show_wrong, quantize=quantize)
-    rows = [f"| {skill} | {100 * share:.1f} % |" for skill, share in shares.items()]
+def table(folder: Path, count: int, **options) -> str:
+    """The score, with its options, as Markdown."""
+    rows = [f"| {skill} | {100 * share:.1f} % |" for skill, share in score(folder, count, **options).items()]
     return "\n".join([f"| skill | of {count} |", "|---|---|", *rows])
 
 
@@ -93,10 +93,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Score a trained model by skill.")
     parser.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--items", type=int, default=1000, help="questions of each skill")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="take other questions: not the first N")
     parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each skill")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits")
     args = parser.parse_args(argv)
-    print(table(args.folder, args.items, args.show_wrong, args.quantize))
+    options = {"skip": args.skip, "show_wrong": args.show_wrong, "quantize": args.quantize}
+    print(table(args.folder, args.items, **options))
     return 0
 
 
