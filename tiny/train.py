@@ -98,6 +98,10 @@ CURRICULUM = {
     79500: "kinds2 kinds2 words more kinds2 kinds2",
     80200: "more shapes boxes kinds2 words counts boxes more words kinds album clip which counts kinds words more "
     "boxes chat pairs kinds2 shapes inside words events told",
+    83000: "more shapes boxes kinds2 words more counts boxes more words kinds album more clip counts kinds words "
+    "more boxes chat pairs more kinds2 shapes words inside events told",
+    85500: "more shapes boxes kinds2 words counts boxes more words kinds album counts clip more kinds words "
+    "more boxes chat counts pairs kinds2 shapes words inside events counts told",
 }
 # What a topic shows, the questions that it asks, the most of them in one conversation, and the work, in patches, that
 # a question is and a picture, or a pair of frames.
@@ -125,17 +129,10 @@ STAGES = (5000, 9000)  # the steps from which on there are small pictures of any
 WORDS_STAGES = (875, 1875)  # the same for words: letters are learned much sooner than places
 # Where the learning rate starts anew, from which share of its peak, and at which step its fall would end.
 LEGS = {
-    0: (1.0, 20_000),
-    20_000: (0.6, 32_000),
-    32_000: (0.6, 50_000),
-    46_500: (0.3, 50_000),
-    50_000: (0.4, 65_000),
-    65_000: (0.15, 67_500),
-    67_500: (0.3, 74_500),
-    74_500: (0.25, 78_000),
-    78_000: (0.25, 80_500),
-    79_500: (0.3, math.inf),
-}
+    0: (1.0, 20_000), 20_000: (0.6, 32_000), 32_000: (0.6, 50_000), 46_500: (0.3, 50_000), 50_000: (0.4, 65_000),
+    65_000: (0.15, 67_500), 67_500: (0.3, 74_500), 74_500: (0.25, 78_000), 78_000: (0.25, 80_500),
+    79_500: (0.3, 83_000), 83_000: (0.2, 85_500), 85_500: (0.2, math.inf),
+}  # fmt: skip
 GROW = 400  # steps: a topic begins with one shape; after each so many there is one more, up to six
 
 # ------------------------------------------------------------------------------------------------------- the data
@@ -320,7 +317,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled model and score it.")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where the model goes")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on")
-    parser.add_argument("--steps", type=int, default=83_000)
+    parser.add_argument("--steps", type=int, default=88_500)
     parser.add_argument("--parts", type=int, default=6, help="of a step, each of one topic")
     parser.add_argument("--work", type=int, default=800, help="size of a part, in patches")
     parser.add_argument("--lr", type=float, default=7e-4)
