@@ -664,3 +664,24 @@ def test_an_ablation_goes_on_from_the_weights_it_is_given(tmp_path, folder, monk
     assert json.loads((tmp_path / "none" / "score.json").read_text()).keys() == {
         skill for skills in scenes.SKILLS.values() for skill in skills
     }
+
+
+def test_an_ablation_anew_takes_and_scores_the_first_lessons(tmp_path, folder, monkeypatch, capsys):
+    for module, name in ((train, "CURRICULUM"), (score, "SKILLS"), (score, "lesson")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(train, "GROW", 1)
+    asked, original = [], score.ask
+    monkeypatch.setattr(score, "ask", lambda *given: asked.extend(given[-1]) or original(*given))
+    options = ["--anew", "--runs", str(tmp_path), "--steps", "4", "--items", "3", "--parts", "2", "--work", "100"]
+    assert ablations.main(["none", *options]) == 0
+    assert list(json.loads((tmp_path / "anew" / "none" / "score.json").read_text())) == train.TOPICS["places"][1]
+    pictures = [one.scenes[0] for one, _ in asked]
+    assert max(len(picture.shapes) for picture in pictures) == 4, "as many as the last step's pictures have"
+    assert {(picture.height, picture.width) for picture in pictures} == {(84, 84)}
+    assert set(json.loads((tmp_path / "anew" / "none" / "history.json").read_text())["4"]) == {"lone"}
+    assert ablations.main(["table", "--anew", "--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-4:] == [f"| {skill} | 0.0 % |" for skill in score.SKILLS["shapes"]]
+    for name in ("one-size", "no-time"):
+        with pytest.raises(SystemExit):
+            ablations.main([name, *options])
+        assert f"{name} changes nothing there" in capsys.readouterr().err

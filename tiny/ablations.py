@@ -10,8 +10,10 @@
 
 Each starts from the bundled weights and takes the same lessons of the training's last stage for `--steps` steps, one
 process each, at a rate that falls to zero; then it is scored, without the part as well. What a variant still knows at
-the end it can do without that part. Nothing here is part of the model: a variant replaces one function of the core
-files.
+the end it can do without that part. With `--anew` each starts from random weights instead and takes the training's
+first lessons: small pictures, all of one size, of shapes whose kinds, colours and places it learns. What a variant
+knows then it could learn without that part. Nothing here is part of the model: a variant replaces one function of the
+core files.
 """
 
 import argparse
@@ -106,6 +108,14 @@ def go_on_from(folder: Path) -> None:
     train.GROW = 1
 
 
+def begin_anew(steps: int) -> None:
+    """Training takes the first lessons of its curriculum, without the words, and so does the score."""
+    train.CURRICULUM = {0: "lone", 400: "places"}
+    score.SKILLS = {"shapes": train.TOPICS["places"][1]}
+    most = min(6, 1 + (steps - 1) // train.GROW)  # shapes in a picture, as at the end
+    score.lesson = lambda topic, seed: scenes.lesson(topic, seed, scenes.START_SIZE[topic], scenes.START, most)
+
+
 def table(runs: Path) -> str:
     """The skills as rows, the variants as columns: the whole model's score, then what the others differ from it."""
     results = {name: runs / name / "score.json" for name in VARIANTS}
@@ -123,18 +133,25 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Let the trained model go on without one of its parts.")
     parser.add_argument("variant", choices=[*VARIANTS, "table"])
     parser.add_argument("--checkpoint", type=Path, default=score.CHECKPOINT, help="what they start from")
+    parser.add_argument("--anew", action="store_true", help="start from random weights, with the first lessons")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--items", type=int, default=500, help="questions of each skill that the score takes")
     args, rest = parser.parse_known_args(argv)  # the rest is for tiny.train, as --bf16
+    runs = args.runs / "anew" if args.anew else args.runs
     if args.variant == "table":
-        print(table(args.runs))
+        print(table(runs))
         return 0
-    go_on_from(args.checkpoint)
+    if not args.anew:
+        go_on_from(args.checkpoint)
+    elif args.variant in ("one-size", "no-time"):
+        parser.error(f"the first lessons are pictures of one size and no clips: {args.variant} changes nothing there")
+    else:
+        begin_anew(args.steps)
     VARIANTS[args.variant]()
-    place = args.runs / args.variant
+    place = runs / args.variant
     options = ["--folder", place / "checkpoint", "--run", place, "--steps", args.steps, "--items", 0]
-    train.main([*map(str, options), "--processes", "1", "--lr", "3e-4", *rest])
+    train.main([*map(str, options), "--processes", "1", "--lr", "7e-4" if args.anew else "3e-4", *rest])
     write_json(place / "score.json", score.score(place / "checkpoint", args.items))
     return 0
 
