@@ -38,8 +38,12 @@ class Sampling:
     temperature: float = 1.0  # divides the logits: below 1 sharper, above 1 flatter
     top_k: int = 0  # keep only the k most probable tokens; 0 keeps all
     top_p: float = 1.0  # keep the most probable tokens that together reach this probability
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and the answer so far become less probable
-    seed: int | list[int] | None = None  # of the first row, the next ones counting up; or of each; None: by chance
+    repetition_penalty: float = (
+        1.0  # above 1: tokens of the prompt and the answer so far become less probable
+    )
+    seed: int | list[int] | None = (
+        None  # of the first row, the next ones counting up; or of each; None: by chance
+    )
 
     def __post_init__(self):
         for name, fine, expected in (
@@ -82,15 +86,21 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.softmax(-1)
 
 
-def choose(logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+def choose(
+    logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]
+) -> Tensor:
     """The next token of each row, int64 [B], from logits [B, V]."""
     logits = at_least_float32(logits)
     if seen is not None:
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
     if not sampling.do_sample or sampling.top_k == 1:
         return logits.argmax(-1)
-    probabilities = next_token_probabilities(logits, sampling).cpu()  # drawn there, so that a seed means the same
-    draws = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)]
+    probabilities = next_token_probabilities(
+        logits, sampling
+    ).cpu()  # drawn there, so that a seed means the same
+    draws = [
+        torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)
+    ]
     return torch.cat(draws).to(logits.device)
 
 
@@ -115,7 +125,10 @@ def stream(
     """
     sampling = sampling or Sampling.of_model(model)
     device = model.model.norm.weight.device
-    ends, pad = end_ids(model), model.generation_config.get("pad_token_id", model.config.pad_token_id)
+    ends, pad = (
+        end_ids(model),
+        model.generation_config.get("pad_token_id", model.config.pad_token_id),
+    )
     pad = min(ends, default=0) if pad is None else pad
 
     inputs = {name: torch.as_tensor(array, device=device) for name, array in batch.arrays().items()}
@@ -123,7 +136,9 @@ def stream(
     rows, length = ids.shape
     # Room for the whole answer at once; without padding no mask is needed, which opens the quickest attention.
     if cache is None:
-        cache = KVCache(model.config, rows, length + max_new_tokens, device, model.model.norm.weight.dtype)
+        cache = KVCache(
+            model.config, rows, length + max_new_tokens, device, model.model.norm.weight.dtype
+        )
     inputs["input_ids"] = ids[:, cache.length :]
     mask = None if mask.all() else torch.cat((mask, mask.new_ones(rows, max_new_tokens)), dim=1)
     seen = None
@@ -135,19 +150,25 @@ def stream(
         if sampling.seed is None:
             generator.seed()
         else:
-            generator.manual_seed(sampling.seed[row] if isinstance(sampling.seed, list) else sampling.seed + row)
+            generator.manual_seed(
+                sampling.seed[row] if isinstance(sampling.seed, list) else sampling.seed + row
+            )
 
     ended = [False] * rows
     for _ in range(max_new_tokens):
         seen_mask = None if mask is None else mask[:, : cache.length + inputs["input_ids"].shape[1]]
-        logits = model(attention_mask=seen_mask, cache=cache, logits_to_keep=1, **inputs)[:, -1]  # [B, V]
+        logits = model(attention_mask=seen_mask, cache=cache, logits_to_keep=1, **inputs)[
+            :, -1
+        ]  # [B, V]
         token = choose(logits, seen, sampling, generators)
         step = [pad if done else id for id, done in zip(token.tolist(), ended, strict=True)]
         ended = [done or id in ends for id, done in zip(step, ended, strict=True)]
         yield step
         if all(ended):
             return
-        inputs = {"input_ids": torch.tensor(step, device=device)[:, None]}  # no pictures: the cache has seen them
+        inputs = {
+            "input_ids": torch.tensor(step, device=device)[:, None]
+        }  # no pictures: the cache has seen them
         if seen is not None:
             seen.scatter_(1, inputs["input_ids"], True)
 
@@ -173,7 +194,9 @@ def run(arguments: argparse.Namespace) -> None:
     processor = Processor.from_pretrained(folder, arguments.min_pixels, arguments.max_pixels)
     messages, start = command_line.first_messages(arguments), time.perf_counter()
     batch = processor(messages, add_vision_id=arguments.add_vision_id) if single else None
-    preparing = time.perf_counter() - start  # before the model: a wrong path should not wait for its loading
+    preparing = (
+        time.perf_counter() - start
+    )  # before the model: a wrong path should not wait for its loading
     if arguments.dry_run:
         from extras import dry_run
 
@@ -205,7 +228,9 @@ def answer(
     from extras import command_line
 
     words, times = StreamDecoder(processor.tokenizer), [time.perf_counter() - preparing]
-    with command_line.watching(arguments, model, processor, batch, preparing) as watch:  # what some options want
+    with command_line.watching(
+        arguments, model, processor, batch, preparing
+    ) as watch:  # what some options want
         for (token,) in stream(model, batch, arguments.max_new_tokens, sampling):
             times.append(time.perf_counter())
             print(words.push(token), end="", flush=True)
@@ -233,5 +258,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     import generate  # under its name, so that the extras that import it find this very module
 
-    warnings.formatwarning = lambda message, *_: f"generate.py: {message}\n"  # one line, without the code
+    warnings.formatwarning = lambda message, *_: (
+        f"generate.py: {message}\n"
+    )  # one line, without the code
     sys.exit(generate.main())

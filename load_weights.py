@@ -35,9 +35,13 @@ def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise FileNotFoundError(f"{name_or_folder} is a file; expected a checkpoint folder or a hub name")
+        raise FileNotFoundError(
+            f"{name_or_folder} is a file; expected a checkpoint folder or a hub name"
+        )
     if str(name_or_folder).count("/") != 1 or str(name_or_folder)[0] in "./~":
-        raise FileNotFoundError(f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct")
+        raise FileNotFoundError(
+            f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+        )
     from extras import hub
 
     return hub.snapshot(str(name_or_folder), weights)
@@ -81,17 +85,30 @@ def load_config(folder: str | Path) -> Config:
     merged["rope_theta"] = rope.pop("rope_theta", merged.get("rope_theta", Config.rope_theta))
     merged["rope_scaling"] = rope
     merged["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (top, text))
-    vision.setdefault("in_channels", vision.get("in_chans", VisionConfig.in_channels))  # the hub has the older name
-    parts = ((Config, top, ""), (Config, text, "text_config."), (VisionConfig, vision, "vision_config."))
+    vision.setdefault(
+        "in_channels", vision.get("in_chans", VisionConfig.in_channels)
+    )  # the hub has the older name
+    parts = (
+        (Config, top, ""),
+        (Config, text, "text_config."),
+        (VisionConfig, vision, "vision_config."),
+    )
     for cls, part, at in parts:
         for name in sorted(part.keys() - OTHER_FIELDS - {f.name for f in fields(cls)}):
             warnings.warn(f"{path} holds an unknown field: {at}{name}", stacklevel=2)
     try:
         merged["vision_config"] = VisionConfig(**pick(VisionConfig, vision))
         config = Config(**pick(Config, merged))
-        kinds = ["full" if config.window(i) is None else "sliding" for i in range(config.num_hidden_layers)]
-        if (types := merged.get("layer_types")) and types != [f"{kind}_attention" for kind in kinds]:
-            raise ValueError(f"layer_types is {types}, use_sliding_window and max_window_layers make it {kinds}")
+        kinds = [
+            "full" if config.window(i) is None else "sliding"
+            for i in range(config.num_hidden_layers)
+        ]
+        if (types := merged.get("layer_types")) and types != [
+            f"{kind}_attention" for kind in kinds
+        ]:
+            raise ValueError(
+                f"layer_types is {types}, use_sliding_window and max_window_layers make it {kinds}"
+            )
         if (theta := (vision.get("rope_parameters") or {}).get("rope_theta", 10000)) != 10000:
             raise ValueError(f"vision_config's rope_theta is {theta}, supported is 10000")
         return config
@@ -127,9 +144,11 @@ def load_model(
     folder = find_folder(name_or_folder)
     config, device = load_config(folder), find_device(device)
     shards = [open_shard(path) for path in weight_files(folder)]
-    stored = {parameter_name(key): (shard, key) for shard in shards for key in shard.keys()}  # noqa: SIM118
+    stored = {parameter_name(key): (shard, key) for shard in shards for key in shard.keys()}
     table = "model.embed_tokens.weight"
-    if config.tie_word_embeddings and "lm_head.weight" in stored:  # one tensor serves both, under either name
+    if (
+        config.tie_word_embeddings and "lm_head.weight" in stored
+    ):  # one tensor serves both, under either name
         stored.setdefault(table, stored.pop("lm_head.weight"))
 
     with torch.device("meta"):
@@ -141,7 +160,9 @@ def load_model(
         state["lm_head.weight"] = state[table]
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # assigning has made two parameters of the one tensor
-    model.visual.attention = model.model.attention = choose_attention(attention, device, state[table].dtype)
+    model.visual.attention = model.model.attention = choose_attention(
+        attention, device, state[table].dtype
+    )
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_json(folder, "generation_config.json")
     linear.swap(model, quantize)
@@ -154,7 +175,9 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by device and build
-        raise ValueError(f"the device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"the device {name} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -168,7 +191,9 @@ def open_shard(path: Path) -> safe_open:
 
 def check_tensors(folder: Path, expected: dict[str, list[int]], stored: dict[str, tuple]) -> None:
     """Raises ValueError with one line for each tensor that is missing, not known, or of another shape."""
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored]
+    problems = [
+        f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored
+    ]
     for name, (shard, key) in stored.items():
         shape = shard.get_slice(key).get_shape()
         if name not in expected:
@@ -176,7 +201,9 @@ def check_tensors(folder: Path, expected: dict[str, list[int]], stored: dict[str
         elif shape != expected[name]:
             problems.append(f"wrong shape: {key} is {shape}, config.json says {expected[name]}")
     if problems:
-        raise ValueError(f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems))
+        raise ValueError(
+            f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems)
+        )
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -201,8 +228,12 @@ def save_model(model: Qwen2VL, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied head only once
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})  # transformers asks for the format
+    state = {
+        name: p.detach().contiguous() for name, p in model.named_parameters()
+    }  # a tied head only once
+    save_file(
+        state, folder / "model.safetensors", metadata={"format": "pt"}
+    )  # transformers asks for the format
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",

@@ -10,25 +10,35 @@ Letters in the shape comments:
     gt, gh, gw patches along time, height and width (the grid); tp, p one patch's frames and side; m the merge size
 """
 
-import io
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
-from urllib.parse import unquote
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from media import load_image, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer, content_items, content_kind, read_json
 
 Grid = tuple[int, int, int]  # (gt, gh, gw)
 
 # What a preprocessor_config.json may hold beside the fields below, and what changes no pixel.
-INERT_FIELDS = {"image_processor_type", "video_processor_type", "feature_extractor_type", "processor_class"}
-INERT_FIELDS |= {"auto_map", "data_format", "input_data_format", "default_to_square", "disable_grouping"}
+INERT_FIELDS = {
+    "image_processor_type",
+    "video_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+}
+INERT_FIELDS |= {
+    "auto_map",
+    "data_format",
+    "input_data_format",
+    "default_to_square",
+    "disable_grouping",
+}
 
 
 @dataclass
@@ -43,7 +53,11 @@ class ImageConfig:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, R G B
+    image_mean: Sequence[float] = (
+        0.48145466,
+        0.4578275,
+        0.40821073,
+    )  # of CLIP's training pictures, R G B
     image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14
     temporal_patch_size: int = 2  # a patch spans two frames; a still picture is shown twice
@@ -51,7 +65,9 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}")
+            raise ValueError(
+                f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}"
+            )
 
     @property
     def factor(self) -> int:
@@ -68,19 +84,28 @@ class ImageConfig:
         found = read_json(folder, nested.name).get("image_processor") if nested.is_file() else None
         found = found or read_json(folder, "preprocessor_config.json")
         settings = {name: value for name, value in found.items() if value is not None}
-        renamed = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}  # pixel counts under both names
+        renamed = {
+            "shortest_edge": "min_pixels",
+            "longest_edge": "max_pixels",
+        }  # pixel counts under both names
         for name, value in settings.pop("size", {}).items():
             settings.setdefault(renamed.get(name, name), value)
 
         known = {f.name for f in fields(cls)}
         for name in sorted(settings.keys() - known - INERT_FIELDS):
             if settings[name] is not False:
-                warnings.warn(f"the image settings in {folder} hold an unknown field: {name}", stacklevel=2)
+                warnings.warn(
+                    f"the image settings in {folder} hold an unknown field: {name}", stacklevel=2
+                )
         return cls(**{name: value for name, value in settings.items() if name in known})
 
 
 def smart_resize(
-    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+    height: int,
+    width: int,
+    factor: int = 28,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 28 * 28 * 1280,
 ) -> tuple[int, int]:
     """The size in pixels to which a picture of height × width is resized.
 
@@ -90,9 +115,13 @@ def smart_resize(
     Raises ValueError when one side is more than 200 times the other, or is not positive.
     """
     if min(height, width) < 1:
-        raise ValueError(f"a picture needs at least one pixel, got {height}×{width} (height × width)")
+        raise ValueError(
+            f"a picture needs at least one pixel, got {height}×{width} (height × width)"
+        )
     if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"one side is more than 200 times the other: {height}×{width} (height × width)")
+        raise ValueError(
+            f"one side is more than 200 times the other: {height}×{width} (height × width)"
+        )
     # round() goes to the even multiple at a tie: 70/28 = 2.5 becomes 2 (56 pixels), and 14/28 becomes 0.
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
@@ -105,54 +134,6 @@ def smart_resize(
         new_height = math.ceil(height * grow / factor) * factor
         new_width = math.ceil(width * grow / factor) * factor
     return new_height, new_width
-
-
-def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
-    """Whatever names a picture or film → the path of its file, or an open binary file.
-
-    A path, a `file://`, `http(s)://` or `data:` address, the bytes themselves, or an open file.
-    """
-    if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(source)
-    if hasattr(source, "read"):
-        return source
-    if not isinstance(source, str | Path):
-        raise ValueError(f"expected a path, an address, bytes or an open file, not {type(source).__name__}")
-    if str(source).startswith(("http://", "https://", "data:")):
-        from extras import addresses
-
-        return addresses.fetch(str(source))
-    return unquote(source[len("file://") :]) if str(source).startswith("file://") else str(source)
-
-
-def load_image(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
-    """Open a picture: anything `open_media` takes, a Pillow image, or an array uint8 [H, W, 3] in RGB.
-
-    A picture from a file is turned upright as its EXIF orientation says; a Pillow image is taken as it is, and so
-    is its mode: `to_rgb` comes later. Raises FileNotFoundError or ValueError with one sentence naming the source.
-    """
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ValueError(f"an array must be uint8 [height, width, 3], not {source.dtype} {list(source.shape)}")
-        return Image.fromarray(source)
-    file, name = open_media(source), source_name(source)
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image)  # a copy, so the whole file has been read and may be closed
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture at {name}") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # Damaged, cut off, or no picture at all: Pillow's decoders answer with any of these.
-        unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the file object
-        reason = "it has no format that Pillow knows" if unknown else getattr(error, "strerror", None) or error
-        raise ValueError(f"cannot read {name} as a picture: {reason}") from error
-
-
-def source_name(source: object) -> str:
-    """What to call a source in a message: its path or address, cut where it is long, or what kind of thing it is."""
-    return f"{source!s:.200}" if isinstance(source, str | Path) else f"the given {type(source).__name__}"
 
 
 class Clip(NamedTuple):
@@ -177,17 +158,6 @@ def load_video(source: object, config: ImageConfig | None = None, **options: flo
     from extras import video  # PyAV takes a while to import, and pictures do not need it
 
     return video.load(source, config or ImageConfig(), **options)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode → RGB; what is transparent shows white behind it, and 16 bits are clipped to 255.
-
-    Source: transformers 5.23.0, `convert_to_rgb`.
-    """
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
@@ -233,7 +203,9 @@ def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]
     Source: transformers 5.23.0, `patchify` of the image and of the video processor.
     """
     tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
-    missing = -len(frames) % tp  # a still picture becomes two equal frames, an odd clip shows its last one twice
+    missing = (
+        -len(frames) % tp
+    )  # a still picture becomes two equal frames, an odd clip shows its last one twice
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
     gt, gh, gw = frames.shape[0] // tp, frames.shape[1] // p, frames.shape[2] // p
     patches = frames.reshape(gt, tp, gh // m, m, p, gw // m, m, p, 3)
@@ -246,7 +218,9 @@ def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, 
     resized = [resize(load_image(frame), config) for frame in frames]
     sizes = {frame.shape[:2] for frame in resized}
     if len(sizes) != 1:
-        raise ValueError(f"a video needs frames of one size, but these have {sorted(sizes) or 'no frame at all'}")
+        raise ValueError(
+            f"a video needs frames of one size, but these have {sorted(sizes) or 'no frame at all'}"
+        )
     return patchify(normalise(np.stack(resized), config), config)
 
 
@@ -254,7 +228,9 @@ def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarr
     """Lay the patches of several pictures or clips one after the other; the grids say how many are whose."""
     if not clips:
         raise ValueError("there is nothing to preprocess: the list is empty")
-    return np.concatenate([patches for patches, _ in clips]), np.array([grid for _, grid in clips], dtype=np.int64)
+    return np.concatenate([patches for patches, _ in clips]), np.array(
+        [grid for _, grid in clips], dtype=np.int64
+    )
 
 
 def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -290,7 +266,11 @@ class Media:
 
     def summary(self, config: ImageConfig) -> str:
         """One line: what came in, what the model sees of it, how many tokens that makes."""
-        (gt, gh, gw), p, seconds = self.grid, config.patch_size, [f"{t:.2f}" for t in self.timestamps or ()]
+        (gt, gh, gw), p, seconds = (
+            self.grid,
+            config.patch_size,
+            [f"{t:.2f}" for t in self.timestamps or ()],
+        )
         shown = seconds if len(seconds) <= 16 else [*seconds[:8], "…", *seconds[-2:]]
         frames = f", {len(seconds)} frames at {' '.join(shown)} s" if seconds else ""
         patches = f"{gw}×{gh} patches" if gt == 1 else f"{gt}×{gw}×{gh} patches"
@@ -309,7 +289,9 @@ class Batch:
     image_grid_thw: np.ndarray | None = None  # int64 [images, 3]
     pixel_values_videos: np.ndarray | None = None  # the same two for videos
     video_grid_thw: np.ndarray | None = None
-    media: list[Media] = field(default_factory=list)  # all pictures and clips, row after row in reading order
+    media: list[Media] = field(
+        default_factory=list
+    )  # all pictures and clips, row after row in reading order
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What the model is called with, by name; what there is none of is left out."""
@@ -319,10 +301,14 @@ class Batch:
 class Processor:
     """Conversations → Batch: read the pictures, write the prompts, make room in them for the vision tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, image_config: ImageConfig, video_options: dict | None = None):
+    def __init__(
+        self, tokenizer: Tokenizer, image_config: ImageConfig, video_options: dict | None = None
+    ):
         self.tokenizer = tokenizer
         self.image_config = image_config
-        self.video_options = video_options or {}  # for `load_video`, where an item does not say otherwise
+        self.video_options = (
+            video_options or {}
+        )  # for `load_video`, where an item does not say otherwise
 
     @classmethod
     def from_pretrained(
@@ -334,9 +320,15 @@ class Processor:
         """
         given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         given = {name: value for name, value in given.items() if value is not None}
-        return cls(Tokenizer.from_pretrained(folder), replace(ImageConfig.from_pretrained(folder), **given), given)
+        return cls(
+            Tokenizer.from_pretrained(folder),
+            replace(ImageConfig.from_pretrained(folder), **given),
+            given,
+        )
 
-    def __call__(self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False) -> Batch:
+    def __call__(
+        self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False
+    ) -> Batch:
         """One conversation (a list of messages) or a list of conversations → one Batch, a row each.
 
         A content item that is a picture or a clip is read by `prepare`, or was already (then it holds the Media).
@@ -344,14 +336,22 @@ class Processor:
         or FileNotFoundError for a malformed message and for a picture that cannot be read.
         """
         if not isinstance(conversations, list | tuple) or not conversations:
-            raise ValueError("expected a conversation, which is a list of messages, or a list of conversations")
+            raise ValueError(
+                "expected a conversation, which is a list of messages, or a list of conversations"
+            )
         if isinstance(conversations[0], dict):
             conversations = [conversations]
 
         rows, media, images, videos = [], [], [], []
         for messages in conversations:
-            items = [item for n, message in enumerate(messages) for item in content_items(message, n)]
-            shown = [(content_kind(item), self.prepare(item)) for item in items if content_kind(item) != "text"]
+            items = [
+                item for n, message in enumerate(messages) for item in content_items(message, n)
+            ]
+            shown = [
+                (content_kind(item), self.prepare(item))
+                for item in items
+                if content_kind(item) != "text"
+            ]
             ids = self.tokenizer.encode_chat(messages, add_generation_prompt, add_vision_id)
             for kind, pad, joined in (("image", IMAGE_PAD, images), ("video", VIDEO_PAD, videos)):
                 own = [(one.patches, one.grid) for its_kind, one in shown if its_kind == kind]
@@ -362,7 +362,9 @@ class Processor:
 
         # Padded on the left: every row's last token stands in the last column, where generation goes on.
         longest = max(len(ids) for ids in rows)
-        padded = np.full((len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64)  # [B, S]
+        padded = np.full(
+            (len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64
+        )  # [B, S]
         batch = Batch(input_ids=padded, attention_mask=np.zeros_like(padded), media=media)
         for row, ids in enumerate(rows):
             batch.input_ids[row, longest - len(ids) :] = ids
@@ -382,11 +384,15 @@ class Processor:
         VIDEO_OPTIONS, mean what they mean to qwen-vl-utils 0.0.14.
         """
         kind, config = content_kind(item), self.image_config
-        keys = ("image", "image_url", "url", "path") if kind == "image" else ("video", "url", "path")
+        keys = (
+            ("image", "image_url", "url", "path") if kind == "image" else ("video", "url", "path")
+        )
         source = next((item[key] for key in keys if item.get(key) is not None), None)
         source = source.get("url") if isinstance(source, dict) else source
         if source is None:
-            raise ValueError(f"the {kind} item names no {kind} under any of {', '.join(keys)}: {item!r:.80}")
+            raise ValueError(
+                f"the {kind} item names no {kind} under any of {', '.join(keys)}: {item!r:.80}"
+            )
         if isinstance(source, Media):
             return source
         own = {name: item[name] for name in VIDEO_OPTIONS if item.get(name) is not None}
@@ -396,10 +402,14 @@ class Processor:
             return Media(patches, grid, source_name(source), clip.size, clip.timestamps)
         image = load_image(source)
         size = image.size
-        config = replace(config, **{name: int(own[name]) for name in ("min_pixels", "max_pixels") if name in own})
+        config = replace(
+            config, **{name: int(own[name]) for name in ("min_pixels", "max_pixels") if name in own}
+        )
         if "resized_height" in own and "resized_width" in own:
             wanted = int(own["resized_height"]), int(own["resized_width"])
-            height, width = smart_resize(*wanted, config.factor, config.min_pixels, config.max_pixels)
+            height, width = smart_resize(
+                *wanted, config.factor, config.min_pixels, config.max_pixels
+            )
             image = to_rgb(image).resize((width, height), resample=config.resample)
         return Media(*preprocess_clip([image], config), source_name(source), size)
 

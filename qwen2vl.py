@@ -31,8 +31,17 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 # By the names that transformers 5.23.0 has for them in `activations.py`.
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "gelu_python": F.gelu, "quick_gelu": quick_gelu}
-ACTIVATIONS |= {n: getattr(F, n) for n in ("relu", "relu6", "leaky_relu", "hardswish", "mish", "tanh", "sigmoid")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_python": F.gelu,
+    "quick_gelu": quick_gelu,
+}
+ACTIVATIONS |= {
+    n: getattr(F, n)
+    for n in ("relu", "relu6", "leaky_relu", "hardswish", "mish", "tanh", "sigmoid")
+}
 for same in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"):
     ACTIVATIONS[same] = partial(F.gelu, approximate="tanh")
 
@@ -70,7 +79,9 @@ class Config:
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-5  # the published checkpoints say 1e-6
     rope_theta: float = 1e6
-    rope_scaling: dict = field(default_factory=lambda: {"type": "mrope", "mrope_section": [16, 24, 24]})
+    rope_scaling: dict = field(
+        default_factory=lambda: {"type": "mrope", "mrope_section": [16, 24, 24]}
+    )
     use_sliding_window: bool = False
     sliding_window: int | None = 4096  # how many tokens a token sees, itself included
     max_window_layers: int = 80  # the layers from this one on have the window, if it is used
@@ -97,22 +108,48 @@ class Config:
 
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in this layer, itself included; None: all. Source: arXiv 2004.05150 §3.1."""
-        return self.sliding_window if self.use_sliding_window and layer >= self.max_window_layers else None
+        return (
+            self.sliding_window
+            if self.use_sliding_window and layer >= self.max_window_layers
+            else None
+        )
 
     def __post_init__(self):
         """Raises ValueError for what this file does not compute, or what does not fit together."""
-        heads, shared, vision = self.num_attention_heads, self.num_key_value_heads, self.vision_config
+        heads, shared, vision = (
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.vision_config,
+        )
         section, half = self.rope_scaling.get("mrope_section", []), self.head_dim // 2
         acts, split = {self.hidden_act, vision.hidden_act}, (vision.embed_dim, vision.num_heads)
         window = self.window(self.max_window_layers)
         for fine, problem in (
-            (acts <= set(ACTIVATIONS), f"hidden_act is one of {acts}, supported are {', '.join(ACTIVATIONS)}"),
+            (
+                acts <= set(ACTIVATIONS),
+                f"hidden_act is one of {acts}, supported are {', '.join(ACTIVATIONS)}",
+            ),
             (window is None or window > 0, f"sliding_window is {window}, expected at least 1"),
-            (self.hidden_size % heads == 0, f"{heads} heads do not divide hidden_size {self.hidden_size}"),
-            (heads % shared == 0, f"num_key_value_heads {shared} does not divide num_attention_heads {heads}"),
-            (sum(section) == half, f"mrope_section {section} does not sum to half the head width, {half}"),
-            (split[0] % (4 * split[1]) == 0, "vision embed_dim {} is no multiple of 4 · {} heads".format(*split)),
-            (vision.hidden_size == self.hidden_size, f"vision hidden_size {vision.hidden_size} is not the decoder's"),
+            (
+                self.hidden_size % heads == 0,
+                f"{heads} heads do not divide hidden_size {self.hidden_size}",
+            ),
+            (
+                heads % shared == 0,
+                f"num_key_value_heads {shared} does not divide num_attention_heads {heads}",
+            ),
+            (
+                sum(section) == half,
+                f"mrope_section {section} does not sum to half the head width, {half}",
+            ),
+            (
+                split[0] % (4 * split[1]) == 0,
+                "vision embed_dim {} is no multiple of 4 · {} heads".format(*split),
+            ),
+            (
+                vision.hidden_size == self.hidden_size,
+                f"vision hidden_size {vision.hidden_size} is not the decoder's",
+            ),
         ):
             if not fine:
                 raise ValueError(f"configuration: {problem}")
@@ -137,8 +174,12 @@ class AttentionPlan:
 
     way: str  # "plain", "sdpa" or "flash"
     causal: bool = False  # each token sees itself and all before it
-    mask: Tensor | None = None  # bool [B, 1, S, K], True = visible: where `causal` alone does not say it
-    slices: list[int] | None = None  # [N] is cut into pieces of these lengths that do not see each other
+    mask: Tensor | None = (
+        None  # bool [B, 1, S, K], True = visible: where `causal` alone does not say it
+    )
+    slices: list[int] | None = (
+        None  # [N] is cut into pieces of these lengths that do not see each other
+    )
     packed: dict | None = None  # the same in flash-attn's terms, made only for that way
     dropout: float = 0.0  # the share of looks that is left out, by chance
 
@@ -153,23 +194,39 @@ def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionP
 
 
 def plan_decoder(
-    x: Tensor, cached: int, attention_mask: Tensor | None, way: str, window: int | None = None, dropout: float = 0.0
+    x: Tensor,
+    cached: int,
+    attention_mask: Tensor | None,
+    way: str,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> AttentionPlan:
     """A token of x [B, S, C] sees itself and those before it, cached and new, at most `window`, but no padding."""
     rows, new, total, device = x.shape[0], x.shape[1], cached + x.shape[1], x.device
-    window = None if window is None or window >= total else window  # where it leaves nothing out, there is none
-    if attention_mask is not None and attention_mask.all():  # nothing is padded: the quick ways are open
+    window = (
+        None if window is None or window >= total else window
+    )  # where it leaves nothing out, there is none
+    if (
+        attention_mask is not None and attention_mask.all()
+    ):  # nothing is padded: the quick ways are open
         attention_mask = None
     if way == "flash" and new > 1:
         from extras import flash
 
-        return AttentionPlan(way, packed=flash.pack_rows(x, cached, attention_mask, window, dropout))
-    if way == "flash":  # one new token only reads the cache: nothing to gain, and packing would copy it all
+        return AttentionPlan(
+            way, packed=flash.pack_rows(x, cached, attention_mask, window, dropout)
+        )
+    if (
+        way == "flash"
+    ):  # one new token only reads the cache: nothing to gain, and packing would copy it all
         way = "sdpa"
     # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
     if attention_mask is None and window is None and (cached == 0 or new == 1):
         return AttentionPlan(way, causal=new > 1, dropout=dropout)
-    query, key = torch.arange(cached, total, device=device)[:, None], torch.arange(total, device=device)
+    query, key = (
+        torch.arange(cached, total, device=device)[:, None],
+        torch.arange(total, device=device),
+    )
     mask = (key <= query).expand(rows, 1, new, total)
     if window is not None:  # padding does not count: in a chat it stands between the turns, too
         place = key[None] if attention_mask is None else attention_mask.cumsum(1)  # [B, K]
@@ -199,10 +256,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         parts = zip(*(x.split(plan.slices, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([attention(*part, one) for part in parts], dim=2)
     if plan.way == "sdpa":
-        shape, more = q.shape, {"attn_mask": plan.mask, "is_causal": plan.causal, "dropout_p": plan.dropout}
-        if shape[2] == 1:  # the heads that share a key pass for queries of one head: far quicker than enable_gqa
+        shape, more = (
+            q.shape,
+            {"attn_mask": plan.mask, "is_causal": plan.causal, "dropout_p": plan.dropout},
+        )
+        if (
+            shape[2] == 1
+        ):  # the heads that share a key pass for queries of one head: far quicker than enable_gqa
             q = q.reshape(shape[0], k.shape[1], -1, shape[3])
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more).reshape(shape)
+        return F.scaled_dot_product_attention(
+            q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more
+        ).reshape(shape)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, K, D]
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
     mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if plan.causal else plan.mask
@@ -231,7 +295,9 @@ def inverse_frequencies(width: int, theta: float, like: Tensor) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, width, 2, device=like.device, dtype=dtype) / width)
 
 
-def vision_rotary(grid_thw: list[list[int]], head_dim: int, merge: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def vision_rotary(
+    grid_thw: list[list[int]], head_dim: int, merge: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """cos and sin [N, D] that tell a patch its row and column; half of the angles belong to each.
 
     Patches come in the order of preprocessing, merge block by merge block, so their (y, x) must too.
@@ -241,10 +307,16 @@ def vision_rotary(grid_thw: list[list[int]], head_dim: int, merge: int, like: Te
     for t, h, w in grid_thw:
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         yx = torch.stack((y, x), dim=-1).view(h // merge, merge, w // merge, merge, 2)
-        positions.append(yx.transpose(1, 2).reshape(h * w, 2).repeat(t, 1))  # the same in each temporal slice
+        positions.append(
+            yx.transpose(1, 2).reshape(h * w, 2).repeat(t, 1)
+        )  # the same in each temporal slice
     positions = torch.cat(positions).to(like.device)  # [N, 2]
-    angles = positions[..., None] * inverse_frequencies(head_dim // 2, 10000.0, like)  # [N, 2, D / 4]
-    angles = angles.flatten(1).repeat(1, 2)  # [N, D]: y then x, and again for the second half of each pair
+    angles = positions[..., None] * inverse_frequencies(
+        head_dim // 2, 10000.0, like
+    )  # [N, 2, D / 4]
+    angles = angles.flatten(1).repeat(
+        1, 2
+    )  # [N, D]: y then x, and again for the second half of each pair
     return angles.cos(), angles.sin()
 
 
@@ -256,7 +328,9 @@ def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tup
     Source: arXiv 2409.12191 §2.1; transformers 5.23.0, `Qwen2VLRotaryEmbedding`.
     """
     section = config.rope_scaling["mrope_section"]
-    axis = [i % 3 for i, count in enumerate(section) for _ in range(count)]  # [D / 2], which row drives it
+    axis = [
+        i % 3 for i, count in enumerate(section) for _ in range(count)
+    ]  # [D / 2], which row drives it
     positions = position_ids[axis].permute(1, 2, 0)  # [B, S, D / 2]
     inverse, scale = inverse_frequencies(config.head_dim, config.rope_theta, like), None
     if config.rope_type != "default":
@@ -284,14 +358,18 @@ def get_rope_index(
     Raises ValueError if the placeholders in input_ids do not fit the grids.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    position_ids = ((mask.cumsum(1) - 1) * mask).repeat(3, 1, 1)  # right already where there are only words
+    position_ids = ((mask.cumsum(1) - 1) * mask).repeat(
+        3, 1, 1
+    )  # right already where there are only words
     if image_grid_thw is not None or video_grid_thw is not None:
         grids = {
             config.image_token_id: iter([] if image_grid_thw is None else image_grid_thw.tolist()),
             config.video_token_id: iter([] if video_grid_thw is None else video_grid_thw.tolist()),
         }
         for row, real in enumerate(mask.bool()):
-            positions = row_positions(input_ids[row, real].tolist(), grids, config.vision_config.spatial_merge_size)
+            positions = row_positions(
+                input_ids[row, real].tolist(), grids, config.vision_config.spatial_merge_size
+            )
             position_ids[:, row, real] = positions.to(input_ids.device)
         for token_id, rest in grids.items():
             if left := len(list(rest)):
@@ -303,7 +381,11 @@ def get_rope_index(
 
 def row_positions(ids: list[int], grids: dict[int, Iterator[list[int]]], merge: int) -> Tensor:
     """The positions [3, S] of one row without padding; takes the next grid of a kind for each of its pictures."""
-    start, p, parts = 0, 0, [torch.zeros(3, 0, dtype=torch.long)]  # a row may be empty: one that has ended, say
+    start, p, parts = (
+        0,
+        0,
+        [torch.zeros(3, 0, dtype=torch.long)],
+    )  # a row may be empty: one that has ended, say
     while start < len(ids):
         token = ids[start]
         if token in grids:
@@ -315,7 +397,9 @@ def row_positions(ids: list[int], grids: dict[int, Iterator[list[int]]], merge: 
                     f"the placeholders (id {token}) from token {start} on do not fit their grid: "
                     f"{'there is none left' if grid is None else f'{grid} makes {end - start} tokens'}"
                 )
-            block = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T  # [3, T·H·W]
+            block = torch.cartesian_prod(
+                torch.arange(t), torch.arange(h), torch.arange(w)
+            ).T  # [3, T·H·W]
         else:
             end = next((i for i in range(start, len(ids)) if ids[i] in grids), len(ids))
             step = end - start
@@ -334,7 +418,9 @@ class PatchEmbed(nn.Module):
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
         # The published weight is that of a 3-D convolution whose stride equals its kernel. Then each patch meets
         # the kernel exactly once, and the convolution is one matrix product, which is far faster.
-        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+        self.proj = nn.Conv3d(
+            config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False
+        )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)  # [E, channels · frames · height · width]
@@ -391,7 +477,9 @@ class PatchMerger(nn.Module):
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
         # nn.GELU() is the exact one here; its tanh approximation would be off by 2e-3 in the logits.
         self.mlp = nn.Sequential(
-            nn.Linear(self.merged, self.merged), nn.GELU(), nn.Linear(self.merged, config.hidden_size)
+            nn.Linear(self.merged, self.merged),
+            nn.GELU(),
+            nn.Linear(self.merged, config.hidden_size),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -431,12 +519,20 @@ class KVCache:
 
     def __init__(self, config: Config, rows: int, max_length: int,
                  device: torch.device | None = None, dtype: torch.dtype | None = None):  # fmt: skip
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            rows,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.max_length = max_length
         self.length = 0  # tokens stored, padding included: the same for all rows
-        self.next_position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1], differs by row
+        self.next_position = torch.zeros(
+            rows, 1, dtype=torch.long, device=device
+        )  # [B, 1], differs by row
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores a layer's new k, v [B, G, S, D]; returns all of them so far, [B, G, K, D], as views."""
@@ -455,7 +551,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(x)  # the sum of squares would lose its small terms in half precision
+        wide = at_least_float32(
+            x
+        )  # the sum of squares would lose its small terms in half precision
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
 
@@ -470,7 +568,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, shared)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None
+    ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -505,7 +605,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, plan, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -516,14 +618,24 @@ class Decoder(nn.Module):
     def __init__(self, config: Config, attention: str = "sdpa"):
         super().__init__()
         self.config, self.attention = config, attention
-        table = torch.empty(config.vocab_size, config.hidden_size)  # "meta" would import torch._dynamo to draw it
-        self.embed_tokens = nn.Embedding.from_pretrained(table if table.is_meta else table.normal_(), freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        table = torch.empty(
+            config.vocab_size, config.hidden_size
+        )  # "meta" would import torch._dynamo to draw it
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            table if table.is_meta else table.normal_(), freeze=False
+        )
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.windows = {layer.window for layer in self.layers}  # {None} in the published models
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """x [B, S, C], position_ids [3, B, S], attention_mask [B, K] → [B, S, C]."""
         rows, new = x.shape[:2]
@@ -531,10 +643,15 @@ class Decoder(nn.Module):
         if cache is not None and total > cache.max_length:
             raise ValueError(f"the KV cache holds {cache.max_length} tokens, {total} are needed")
         if attention_mask is not None and attention_mask.shape != (rows, total):
-            raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}")
+            raise ValueError(
+                f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}"
+            )
         cos, sin = multimodal_rotary(self.config, position_ids, like=x)
         dropout = self.config.attention_dropout if self.training else 0.0
-        plans = {w: plan_decoder(x, total - new, attention_mask, self.attention, w, dropout) for w in self.windows}
+        plans = {
+            w: plan_decoder(x, total - new, attention_mask, self.attention, w, dropout)
+            for w in self.windows
+        }
         for layer in self.layers:
             x = layer(x, cos, sin, plans[layer.window], cache)
         if cache is not None:
@@ -563,13 +680,19 @@ class Qwen2VL(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(self, input_ids: Tensor, token_id: int, pixels: Tensor, grid_thw: Tensor, x: Tensor) -> Tensor:
+    def embed(
+        self, input_ids: Tensor, token_id: int, pixels: Tensor, grid_thw: Tensor, x: Tensor
+    ) -> Tensor:
         """x [B, S, C] with the tokens of pictures or clips in the place of their placeholders, in reading order."""
         features = self.visual(pixels, grid_thw)  # [T, C]
         places = input_ids == token_id  # [B, S]
         if (count := int(places.sum())) != len(features):
-            raise ValueError(f"input_ids has {count} placeholders (id {token_id}), grid_thw {len(features)}")
-        return x.masked_scatter(places[..., None], features.to(x.dtype))  # they differ under autocast, in training
+            raise ValueError(
+                f"input_ids has {count} placeholders (id {token_id}), grid_thw {len(features)}"
+            )
+        return x.masked_scatter(
+            places[..., None], features.to(x.dtype)
+        )  # they differ under autocast, in training
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
@@ -593,7 +716,9 @@ class Qwen2VL(nn.Module):
             x = self.embed(input_ids, config.video_token_id, pixel_values_videos, video_grid_thw, x)
         if position_ids is None:
             new_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-            position_ids, rope_deltas = get_rope_index(config, input_ids, image_grid_thw, video_grid_thw, new_mask)
+            position_ids, rope_deltas = get_rope_index(
+                config, input_ids, image_grid_thw, video_grid_thw, new_mask
+            )
             if cache is not None:
                 # Positions only ever count on from the largest so far, so new tokens are numbered by themselves
                 # and moved: the same line serves a prefill, a decode step and the next turn of a chat.

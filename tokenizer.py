@@ -30,7 +30,9 @@ def read_json(folder: str | Path, name: str) -> dict:
         raise FileNotFoundError(f"there is no {name} in {folder}; is that a checkpoint folder?")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # both JSON and UTF-8 errors are ValueErrors, and neither names the file
+    except (
+        ValueError
+    ) as error:  # both JSON and UTF-8 errors are ValueErrors, and neither names the file
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} should hold a JSON object, but holds a {type(found).__name__}")
@@ -60,14 +62,18 @@ def content_items(message: dict, number: int) -> list[dict]:
     Raises ValueError for a message without role or content.
     """
     if not isinstance(message, dict):
-        raise ValueError(f"message {number} must be a dict with role and content, not {type(message).__name__}")
+        raise ValueError(
+            f"message {number} must be a dict with role and content, not {type(message).__name__}"
+        )
     if not isinstance(message.get("role"), str):
         raise ValueError(f"message {number} needs a role, but has only {list(message)}")
     content = message.get("content")
     if isinstance(content, str):
         return [{"text": content}]
     if not isinstance(content, list | tuple):
-        raise ValueError(f"the content of message {number} must be text or a list, not {type(content).__name__}")
+        raise ValueError(
+            f"the content of message {number} must be text or a list, not {type(content).__name__}"
+        )
     return list(content)
 
 
@@ -77,7 +83,9 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, pad_token: str, eos_token: str):
         self.backend = backend
         for name in (IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD):
-            self.token_id(name)  # a vocabulary that lacks one fails here, not in the middle of a conversation
+            self.token_id(
+                name
+            )  # a vocabulary that lacks one fails here, not in the middle of a conversation
         self.pad_token_id = self.token_id(pad_token)
         self.eos_token_id = self.token_id(eos_token)
         added = backend.get_added_tokens_decoder()
@@ -92,19 +100,27 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
         except Exception as error:  # the library raises nothing narrower, and says little
-            read_json(folder, "tokenizer.json")  # says what is wrong, if no file or no JSON is there
+            read_json(
+                folder, "tokenizer.json"
+            )  # says what is wrong, if no file or no JSON is there
             raise ValueError(f"the tokenizer.json in {folder} cannot be used: {error}") from error
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
-            raise ValueError(f"the tokenizer.json in {folder} is not byte-level, as that of Qwen2-VL is")
+            raise ValueError(
+                f"the tokenizer.json in {folder} is not byte-level, as that of Qwen2-VL is"
+            )
         # A file saved by a training script may carry these two; they would cut or pad prompts silently.
         backend.no_truncation()
         backend.no_padding()
 
         config = read_json(folder, "tokenizer_config.json")
         found = [config.get(field) for field in ("pad_token", "eos_token")]
-        names = [token.get("content") if isinstance(token, dict) else token for token in found]  # some store it whole
+        names = [
+            token.get("content") if isinstance(token, dict) else token for token in found
+        ]  # some store it whole
         if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"the tokenizer_config.json in {folder} names {names}, not a pad_token and an eos_token")
+            raise ValueError(
+                f"the tokenizer_config.json in {folder} names {names}, not a pad_token and an eos_token"
+            )
         return cls(backend, *names)
 
     def token_id(self, name: str) -> int:
@@ -175,7 +191,12 @@ class Tokenizer:
         for number, message in enumerate(messages):
             items = content_items(message, number)
             if number == 0 and message["role"] != "system":
-                yield from ((True, IM_START), (False, f"system\n{DEFAULT_SYSTEM}"), (True, IM_END), (False, "\n"))
+                yield from (
+                    (True, IM_START),
+                    (False, f"system\n{DEFAULT_SYSTEM}"),
+                    (True, IM_END),
+                    (False, "\n"),
+                )
             yield from ((True, IM_START), (False, f"{message['role']}\n"))
             for item in items:
                 kind = content_kind(item)
@@ -198,9 +219,15 @@ def _byte_alphabet() -> dict[str, int]:
     Bytes that print as a Latin-1 character stand for themselves; the other 68, the space among them, are written
     as the characters from U+0100 on, in order. That is where the `Ġ` in `Ġword` comes from.
     """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
 
 
 BYTE_OF = _byte_alphabet()
@@ -225,7 +252,9 @@ class StreamDecoder:
             return ""
         if all(character in BYTE_OF for character in token):
             return self._utf8.decode(bytes(BYTE_OF[character] for character in token))
-        return self._utf8.decode(token.encode())  # an added token may hold other characters and is plain text
+        return self._utf8.decode(
+            token.encode()
+        )  # an added token may hold other characters and is plain text
 
     def finish(self) -> str:
         """Return U+FFFD when the ids ended within a character, else nothing."""

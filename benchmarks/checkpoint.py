@@ -57,7 +57,9 @@ def find_checkpoint(shapes: str) -> Path:
     folder = cache_folder() / f"random-{shapes}"
     if not folder.is_dir():
         print(f"making a random checkpoint once: {folder}", file=sys.stderr, flush=True)
-        unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")  # a stop must not leave half a checkpoint
+        unfinished = folder.with_name(
+            f"{folder.name}-{os.getpid()}"
+        )  # a stop must not leave half a checkpoint
         make_checkpoint(model_config(shapes), unfinished)
         unfinished.rename(folder)
     return folder
@@ -98,15 +100,26 @@ def tasks(shapes: str) -> dict[str, dict]:
         from benchmarks.workers import PROMPT
         from tokenizer import Tokenizer
 
-        tokenizer, (before, after) = Tokenizer.from_pretrained(find_checkpoint("tiny")), PROMPT.split("{}")
-        before, after = (("ids", *tokenizer.encode(text)) for text in (before, "Describe the image." + after))
+        tokenizer, (before, after) = (
+            Tokenizer.from_pretrained(find_checkpoint("tiny")),
+            PROMPT.split("{}"),
+        )
+        before, after = (
+            ("ids", *tokenizer.encode(text)) for text in (before, "Describe the image." + after)
+        )
         picture = ("image", 1, 4, 6)
         row = [before, picture, after]
         sizes = {"picture": picture, "video": ("video", 2, 4, 4), "row": row, "rows": 2, "new": 4}
     else:
         before, after = 10, 20
         # 16 frames are 8 slices, here of 336×224 pixels: as many tokens as the picture has, about.
-        sizes = {"picture": ("image", 1, 23, 32), "video": ("video", 8, 8, 12), "row": [96], "rows": 8, "new": 32}
+        sizes = {
+            "picture": ("image", 1, 23, 32),
+            "video": ("video", 8, 8, 12),
+            "row": [96],
+            "rows": 8,
+            "new": 32,
+        }
     return {
         # The first new token comes with the prefill.
         "picture": {"rows": [[before, sizes["picture"], after]], "new_tokens": sizes["new"] + 1},
@@ -128,8 +141,15 @@ def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
     from preprocess import Batch
 
     pick, vision = np.random.default_rng(seed), config.vision_config
-    merge, columns = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    words = min(config.vision_start_token_id, config.image_token_id, config.bos_token_id or config.vocab_size)
+    merge, columns = (
+        vision.spatial_merge_size,
+        vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+    )
+    words = min(
+        config.vision_start_token_id,
+        config.image_token_id,
+        config.bos_token_id or config.vocab_size,
+    )
     ids, grids, pixels = [], {"image": [], "video": []}, {"image": [], "video": []}
     for row in rows:
         ids.append([])
@@ -142,16 +162,32 @@ def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
                 continue
             kind, t, h, w = part
             placeholder = config.image_token_id if kind == "image" else config.video_token_id
-            ids[-1] += [config.vision_start_token_id, *[placeholder] * (t * h * w), config.vision_end_token_id]
+            ids[-1] += [
+                config.vision_start_token_id,
+                *[placeholder] * (t * h * w),
+                config.vision_end_token_id,
+            ]
             grids[kind].append((t, h * merge, w * merge))
-            pixels[kind].append(pick.normal(size=(t * h * w * merge**2, columns)).astype(np.float32))
+            pixels[kind].append(
+                pick.normal(size=(t * h * w * merge**2, columns)).astype(np.float32)
+            )
     if len({len(row) for row in ids}) != 1:
-        raise ValueError(f"the rows of a task must be equally long, these have {[len(row) for row in ids]} tokens")
-    batch = Batch(input_ids=np.array(ids), attention_mask=np.ones((len(ids), len(ids[0])), dtype=np.int64))
+        raise ValueError(
+            f"the rows of a task must be equally long, these have {[len(row) for row in ids]} tokens"
+        )
+    batch = Batch(
+        input_ids=np.array(ids), attention_mask=np.ones((len(ids), len(ids[0])), dtype=np.int64)
+    )
     if grids["image"]:
-        batch.pixel_values, batch.image_grid_thw = np.concatenate(pixels["image"]), np.array(grids["image"])
+        batch.pixel_values, batch.image_grid_thw = (
+            np.concatenate(pixels["image"]),
+            np.array(grids["image"]),
+        )
     if grids["video"]:
-        batch.pixel_values_videos, batch.video_grid_thw = np.concatenate(pixels["video"]), np.array(grids["video"])
+        batch.pixel_values_videos, batch.video_grid_thw = (
+            np.concatenate(pixels["video"]),
+            np.array(grids["video"]),
+        )
     return batch
 
 
@@ -180,11 +216,17 @@ def vision_work(config: Config, media: list[tuple], itemsize: float) -> tuple[fl
     columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     block, merger = 4 * E**2 + 2 * E * inner, (merged * E) ** 2 + merged * E * vision.hidden_size
     attention = sum(4 * E * t * (h * w * merged) ** 2 for t, h, w in media)
-    flop = 2 * T * merged * (columns * E + vision.depth * block) + 2 * T * merger + vision.depth * attention
+    flop = (
+        2 * T * merged * (columns * E + vision.depth * block)
+        + 2 * T * merger
+        + vision.depth * attention
+    )
     return flop, itemsize * (columns * E + vision.depth * block + merger)
 
 
-def decoder_work(config: Config, rows: int, new: int, cached: int, itemsize: float) -> tuple[float, float]:
+def decoder_work(
+    config: Config, rows: int, new: int, cached: int, itemsize: float
+) -> tuple[float, float]:
     """FLOP and bytes of the decoder for `new` tokens a row behind `cached` ones, with the scores of the last.
 
     itemsize: bytes of a weight, and, if they are two at least, of a cached number: the cache is never quantised.
@@ -195,7 +237,9 @@ def decoder_work(config: Config, rows: int, new: int, cached: int, itemsize: flo
     weights = config.num_hidden_layers * layer + C * config.vocab_size
     flop = 2 * rows * (new * config.num_hidden_layers * layer + C * config.vocab_size)
     flop += config.num_hidden_layers * 4 * C * rows * looks
-    return flop, itemsize * weights + max(itemsize, 2) * config.num_hidden_layers * 2 * rows * cached * shared
+    return flop, itemsize * weights + max(
+        itemsize, 2
+    ) * config.num_hidden_layers * 2 * rows * cached * shared
 
 
 def products(config: Config, task: dict) -> dict[str, list[tuple[int, int, int, int]]]:
@@ -221,6 +265,12 @@ def held_bytes(config: Config, rows: int, tokens: int, itemsize: float) -> float
 
     with torch.device("meta"):
         cache, model = KVCache(config, rows, tokens), Qwen2VL(config)
-    numbers = sum(p.numel() for p in model.visual.parameters()) + cache.keys.numel() + cache.values.numel()
-    decoder = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("visual."))
+    numbers = (
+        sum(p.numel() for p in model.visual.parameters())
+        + cache.keys.numel()
+        + cache.values.numel()
+    )
+    decoder = sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("visual.")
+    )
     return itemsize * decoder + max(itemsize, 2) * numbers

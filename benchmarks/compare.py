@@ -63,12 +63,20 @@ def run_worker(job: dict, threads: int) -> list[Record]:
 
     Raises RuntimeError with the end of what the process said, if it fails.
     """
-    weights = [Path(job["gguf"])] if "gguf" in job else Path(job.get("checkpoint", HERE)).glob("*.safetensors")
+    weights = (
+        [Path(job["gguf"])]
+        if "gguf" in job
+        else Path(job.get("checkpoint", HERE)).glob("*.safetensors")
+    )
     for file in weights:  # into memory: the disk is not measured
         with file.open("rb") as opened:
             while opened.read(1 << 24):
                 pass
-    settings = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    settings = {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     command = [job.get("python", sys.executable), str(HERE / "workers.py")]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         start = time.monotonic()
@@ -79,7 +87,9 @@ def run_worker(job: dict, threads: int) -> list[Record]:
         for file in (errors, output):
             file.seek(0)
         if process.returncode:
-            raise RuntimeError(f"the worker for {job} ended with {process.returncode}:\n{errors.read()[-2000:]}")
+            raise RuntimeError(
+                f"the worker for {job} ended with {process.returncode}:\n{errors.read()[-2000:]}"
+            )
         lines = [line.removeprefix("result ") for line in output if line.startswith("result ")]
     found = [json.loads(line) for line in lines]
     for record in found:
@@ -96,7 +106,9 @@ def run_quietly(job: dict, options: argparse.Namespace, say: Callable[[str], Non
         found = run_worker(job, options.threads)
         disturbed = []
         for record in found:
-            record |= {key: job[key] for key in ("side", "dtype") if key in job} | {"load_before": before}
+            record |= {key: job[key] for key in ("side", "dtype") if key in job} | {
+                "load_before": before
+            }
             record["quiet"] = machine.is_quiet(record["load"], options.busy)
             busy, stolen = record["load"]["foreign_cores"], record["load"]["stolen_cores"]
             took = f"{record['task']} in {record['end'] - record['start']:.1f} s"
@@ -120,15 +132,27 @@ def peer_of(task: str, dtype: str) -> tuple[str, str] | None:
     return None if dtype in QUANTISED else ("transformers", dtype)
 
 
-def question_jobs(options: argparse.Namespace, chosen: dict[str, dict], common: dict, config: Config) -> list[dict]:
+def question_jobs(
+    options: argparse.Namespace, chosen: dict[str, dict], common: dict, config: Config
+) -> list[dict]:
     """A job for each side and format: the tasks that it is asked."""
     jobs = []
     for dtype in options.dtypes:
-        mine = {name: task for name, task in chosen.items() if not (name == "video" and dtype in QUANTISED)}
-        theirs = {name: task for name, task in mine.items() if peer_of(name, dtype) == ("transformers", dtype)}
+        mine = {
+            name: task
+            for name, task in chosen.items()
+            if not (name == "video" and dtype in QUANTISED)
+        }
+        theirs = {
+            name: task
+            for name, task in mine.items()
+            if peer_of(name, dtype) == ("transformers", dtype)
+        }
         for side, asked in zip(SIDES, (mine, theirs), strict=True):
             if asked:
-                jobs.append(common | {"kind": "questions", "side": side, "dtype": dtype, "tasks": asked})
+                jobs.append(
+                    common | {"kind": "questions", "side": side, "dtype": dtype, "tasks": asked}
+                )
     if task := chosen.get("llama"):
         asked = {"llama": task | {"ids": make_batch(config, task["rows"]).input_ids[0].tolist()}}
         for form in dict.fromkeys(peer_of("llama", dtype)[1] for dtype in options.dtypes):
@@ -155,19 +179,33 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
         "logits": {},
     }
     common = {"checkpoint": str(folder), "device": options.device}
-    size = {"megabytes": 16, "budget": 0.05} if options.shapes == "tiny" else {"megabytes": 1024, "budget": 1.5}
+    size = (
+        {"megabytes": 16, "budget": 0.05}
+        if options.shapes == "tiny"
+        else {"megabytes": 1024, "budget": 1.5}
+    )
     widened = {"bfloat16" if dtype in QUANTISED else dtype for dtype in options.dtypes}
-    ceilings = {"kind": "ceilings", "device": options.device, "dtypes": sorted({"float32", *widened}), **size}
+    ceilings = {
+        "kind": "ceilings",
+        "device": options.device,
+        "dtypes": sorted({"float32", *widened}),
+        **size,
+    }
     ceilings["shapes"] = products(config, questions["picture"])
-    if unlike := [name for name in options.dtypes if name in QUANTISED and "float32" not in options.dtypes]:
-        say(f"the logits of {', '.join(unlike)} are not compared: that needs float32 among --dtypes")
+    if unlike := [
+        name for name in options.dtypes if name in QUANTISED and "float32" not in options.dtypes
+    ]:
+        say(
+            f"the logits of {', '.join(unlike)} are not compared: that needs float32 among --dtypes"
+        )
     start, longest = time.monotonic(), {}
 
     if "cold" in options.sections:  # what is imported comes from memory, too
         for side in SIDES:
             tiny = str(find_checkpoint("tiny"))
             run_worker(
-                common | {"kind": "cold", "side": side, "dtype": "float32", "checkpoint": tiny}, options.threads
+                common | {"kind": "cold", "side": side, "dtype": "float32", "checkpoint": tiny},
+                options.threads,
             )
     with tempfile.TemporaryDirectory() as logits:
         jobs = question_jobs(options, chosen, common | {"logits": logits}, config)
@@ -178,11 +216,17 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
             for job in [ceilings, *(jobs if repetition % 2 == 0 else jobs[::-1])]:
                 name, begun = (job["kind"], job.get("side"), job.get("dtype")), time.monotonic()
                 if begun - start + longest.get(name, 0) > options.minutes * 60:
-                    say(f"--minutes {options.minutes:g} are nearly over: {' '.join(filter(None, name))} is left out")
+                    say(
+                        f"--minutes {options.minutes:g} are nearly over: {' '.join(filter(None, name))} is left out"
+                    )
                     continue
-                found["records"] += [record | {"repetition": repetition} for record in run_quietly(job, options, say)]
+                found["records"] += [
+                    record | {"repetition": repetition} for record in run_quietly(job, options, say)
+                ]
                 longest[name] = max(longest.get(name, 0), time.monotonic() - begun)
-                found["logits"] |= compare_logits(Path(logits), found["records"], say, found["logits"])
+                found["logits"] |= compare_logits(
+                    Path(logits), found["records"], say, found["logits"]
+                )
                 found["rows"] = summarise(found, config)
                 if options.out:
                     write_json(options.out, found)
@@ -205,14 +249,20 @@ def write_json(path: Path, found: dict) -> None:
 def tidy(value):
     """Without what the file does not need: more than five digits, moments, and tokens that random weights make."""
     if isinstance(value, dict):
-        return {name: tidy(item) for name, item in value.items() if name not in ("start", "end", "tokens")}
+        return {
+            name: tidy(item)
+            for name, item in value.items()
+            if name not in ("start", "end", "tokens")
+        }
     if isinstance(value, list | tuple):
         return [tidy(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 # ----------------------------------------------------------------------------------------------------- judging
-def compare_logits(folder: Path, records: list[Record], say: Callable[[str], None], known: dict) -> dict[str, dict]:
+def compare_logits(
+    folder: Path, records: list[Record], say: Callable[[str], None], known: dict
+) -> dict[str, dict]:
     """How far logits are apart, for each task and format that both sides have answered, if not yet known.
 
     Ours from those of transformers in the same dtype: the measure and the limits are those of `tests/parity.py`.
@@ -225,17 +275,30 @@ def compare_logits(folder: Path, records: list[Record], say: Callable[[str], Non
     sys.path.append(str(HERE.parent / "tests"))
     import parity
 
-    found, tokens = {}, {(r["task"], r["dtype"], r["side"]): r["tokens"] for r in records if "tokens" in r}
+    found, tokens = (
+        {},
+        {(r["task"], r["dtype"], r["side"]): r["tokens"] for r in records if "tokens" in r},
+    )
     for task, dtype, side in tokens:
         name, limit = f"{task} {dtype}", parity.LIMITS.get(dtype)
         pair = (dtype, side), ("float32", "ours") if dtype in COSINES else (dtype, "transformers")
-        if name in known or side == "transformers" or any((task, *one) not in tokens for one in pair):
+        if (
+            name in known
+            or side == "transformers"
+            or any((task, *one) not in tokens for one in pair)
+        ):
             continue
-        tested, right = (torch.from_numpy(np.load(folder / f"{one[1]}-{one[0]}-{task}.npy")) for one in pair)
+        tested, right = (
+            torch.from_numpy(np.load(folder / f"{one[1]}-{one[0]}-{task}.npy")) for one in pair
+        )
         tested_tokens, right_tokens = (tokens[task, *one][:-1] for one in pair)
         steps = 2 if tested_tokens == right_tokens else 1
         rung = parity.compare(name, tested[:steps], right[:steps], limit or float("inf"))
-        cosine = torch.cosine_similarity(tested[:steps].double(), right[:steps].double(), dim=-1).min().item()
+        cosine = (
+            torch.cosine_similarity(tested[:steps].double(), right[:steps].double(), dim=-1)
+            .min()
+            .item()
+        )
         holds = rung.holds if limit else cosine >= COSINES[dtype]
         found[name] = {
             "holds": holds,
@@ -271,7 +334,9 @@ METRICS = [
 ]
 
 
-def floor(kind: str | None, task: dict, config: Config, dtype: str, ceilings: dict | None) -> float | None:
+def floor(
+    kind: str | None, task: dict, config: Config, dtype: str, ceilings: dict | None
+) -> float | None:
     """The seconds, or for "memory" the bytes, that no computation of a task in this format can do without."""
     if kind is None or ceilings is None:
         return None
@@ -284,7 +349,9 @@ def floor(kind: str | None, task: dict, config: Config, dtype: str, ceilings: di
     if kind == "memory":
         return held_bytes(config, rows, tokens + task["new_tokens"], size)
     if kind == "decode":  # the step in the middle
-        return at_least("decoder", *decoder_work(config, rows, 1, tokens + task["new_tokens"] // 2, size))
+        return at_least(
+            "decoder", *decoder_work(config, rows, 1, tokens + task["new_tokens"] // 2, size)
+        )
     vision = at_least("vision", *vision_work(config, media, max(size, 2)))  # never quantised
     prefill = at_least("decoder", *decoder_work(config, rows, tokens, 0, size))
     return {"vision": vision, "prefill": prefill, "clip": vision + prefill}[kind]
@@ -301,7 +368,9 @@ def summarise(found: dict, config: Config) -> list[dict]:
         return other / mine if other and mine else None
 
     records, rows = found["records"], []
-    ceilings = machine.merge_ceilings([r for r in records if r["task"] == "ceilings" and r["quiet"]])
+    ceilings = machine.merge_ceilings(
+        [r for r in records if r["task"] == "ceilings" and r["quiet"]]
+    )
     for name, task, unit, value, kind in METRICS:
         medians, counts, spreads = {}, {}, {}
         for one in dict.fromkeys((r["side"], r["dtype"]) for r in records if r["task"] == task):
@@ -309,7 +378,9 @@ def summarise(found: dict, config: Config) -> list[dict]:
             quiet = [value(r) for r in mine if r["quiet"]]
             medians[one], counts[one] = statistics.median(quiet) if quiet else None, len(quiet)
             spreads[one] = (max(quiet) - min(quiet)) / medians[one] if quiet else None
-        best_peer = min((m for (side, _), m in medians.items() if side == "transformers" and m), default=None)
+        best_peer = min(
+            (m for (side, _), m in medians.items() if side == "transformers" and m), default=None
+        )
         question = found["tasks"].get(task)  # a cold start has none
         for dtype in found["dtypes"]:
             peer = peer_of(task, dtype)
@@ -358,7 +429,10 @@ def absolute(row: dict, side: str) -> str:
 
 
 def markdown(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
-    lines = [" | ".join(columns), *(" | ".join(cell(row) for cell in columns.values()) for row in rows)]
+    lines = [
+        " | ".join(columns),
+        *(" | ".join(cell(row) for cell in columns.values()) for row in rows),
+    ]
     head, *body = (f"| {line} |" for line in lines)
     return "\n".join([head, "|---" * len(columns) + "|", *body])
 
@@ -374,22 +448,32 @@ def tables(found: dict, seconds: bool) -> str:
     with_transformers = first | {
         "beside transformers": lambda row: times(row["ratio"]),
         # The smaller dtype always has less memory.
-        "beside its best dtype": lambda row: "—" if row["unit"] == "bytes" else times(row["ratio_to_best"]),
+        "beside its best dtype": lambda row: (
+            "—" if row["unit"] == "bytes" else times(row["ratio_to_best"])
+        ),
         "beside its float32": lambda row: times(row["ratio_to_float32"]),
         "of the ceiling": lambda row: percent(row["ours_of_ceiling"]),
         "transformers": lambda row: percent(row["theirs_of_ceiling"]),
         "apart": lambda row: percent(row["spread"]),
     }
     without = first | {
-        "beside our bfloat16": lambda row: "—" if row["dtype"] == "bfloat16" else times(row["ratio_to_our_bfloat16"]),
-        "beside llama.cpp": lambda row: f"{times(row['ratio'])} ({row['peer'].split()[1]})" if row["peer"] else "—",
+        "beside our bfloat16": lambda row: (
+            "—" if row["dtype"] == "bfloat16" else times(row["ratio_to_our_bfloat16"])
+        ),
+        "beside llama.cpp": lambda row: (
+            f"{times(row['ratio'])} ({row['peer'].split()[1]})" if row["peer"] else "—"
+        ),
         "of the ceiling": lambda row: percent(row["ours_of_ceiling"]),
         "llama.cpp": lambda row: percent(row["theirs_of_ceiling"]),
         "apart": lambda row: percent(row["spread"]),
     }
     parts = []
     for columns, wanted in ((with_transformers, True), (without, False)):
-        if rows := [row for row in found["rows"] if (row["peer"] == f"transformers {row['dtype']}") == wanted]:
+        if rows := [
+            row
+            for row in found["rows"]
+            if (row["peer"] == f"transformers {row['dtype']}") == wanted
+        ]:
             parts.append(markdown(rows, columns))
     return "\n\n".join(parts)
 
@@ -397,10 +481,17 @@ def tables(found: dict, seconds: bool) -> str:
 def circumstances(found: dict) -> str:
     """The machine, its ceilings, the load and the logits, in sentences."""
     about, records = found["machine"], found["records"]
-    where = about["gpu"] or f"{about['processor']}, {about['cores']} cores, {about['memory_gb']:g} GB of memory"
+    where = (
+        about["gpu"]
+        or f"{about['processor']}, {about['cores']} cores, {about['memory_gb']:g} GB of memory"
+    )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    lines = [f"Machine: {where}; {', '.join(about['instructions'])}. {about['threads']} threads; {versions}."]
-    if best := machine.merge_ceilings([r for r in records if r["task"] == "ceilings" and r["quiet"]]):
+    lines = [
+        f"Machine: {where}; {', '.join(about['instructions'])}. {about['threads']} threads; {versions}."
+    ]
+    if best := machine.merge_ceilings(
+        [r for r in records if r["task"] == "ceilings" and r["quiet"]]
+    ):
         read, way = machine.quickest_read(best)
         lines.append(
             f"Ceilings: memory is read at {read / 1e9:.1f} GB/s ({way}). Products at the model's shapes, in GFLOP/s, "
@@ -408,7 +499,10 @@ def circumstances(found: dict) -> str:
         )
         for dtype, parts in best["flop_per_s"].items():
             ways = dict.fromkeys(way for part in parts.values() for way in part)
-            rates = (f"{way} {' / '.join(giga(part.get(way)) for part in parts.values())}" for way in ways)
+            rates = (
+                f"{way} {' / '.join(giga(part.get(way)) for part in parts.values())}"
+                for way in ways
+            )
             lines.append(f"* {dtype}: {', '.join(rates)}")
         lines.append("")
     loads = [r["load"]["foreign_cores"] + r["load"]["stolen_cores"] for r in records if r["quiet"]]
@@ -428,7 +522,10 @@ def circumstances(found: dict) -> str:
     if found["logits"]:
         full = [one["share"] for name, one in found["logits"].items() if name.endswith("float32")]
         agree = "agree" if all(one["holds"] for one in found["logits"].values()) else "DIFFER"
-        lines.append(f"The logits of both sides {agree}" + (f" (float32: {max(full):.1e} apart)." if full else "."))
+        lines.append(
+            f"The logits of both sides {agree}"
+            + (f" (float32: {max(full):.1e} apart)." if full else ".")
+        )
         least = {form: [one["cosine"] for name, one in found["logits"].items() if name.endswith(f" {form}")]
                  for form in COSINES}  # fmt: skip
         if cosines := [f"{form} {min(values):.5f}" for form, values in least.items() if values]:
@@ -445,7 +542,10 @@ def section(found: dict | None, device: str) -> str:
 
 def write_readme(path: Path, results: Path) -> None:
     """Puts the tables of results/2b-cpu.json and 2b-cuda.json between the markers of README.md."""
-    text, marks = path.read_text(encoding="utf-8"), ("<!-- written by compare.py -->", "<!-- end -->")
+    text, marks = (
+        path.read_text(encoding="utf-8"),
+        ("<!-- written by compare.py -->", "<!-- end -->"),
+    )
     if any(text.count(mark) != 1 for mark in marks):
         raise ValueError(f"{path} must hold the lines {marks[0]} and {marks[1]} once each")
     parts = []
@@ -460,21 +560,86 @@ def write_readme(path: Path, results: Path) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--shapes", choices=SHAPES, default="2b", help="2b, thin (its widths, few layers) or tiny (default: 2b)")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="one of these shapes (default: a random one in the cache)")
-    add("--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:-1], help="(default: all but llama)")
+    add(
+        "--shapes",
+        choices=SHAPES,
+        default="2b",
+        help="2b, thin (its widths, few layers) or tiny (default: 2b)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="one of these shapes (default: a random one in the cache)",
+    )
+    add(
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=SECTIONS[:-1],
+        help="(default: all but llama)",
+    )
     formats, usual = [*ITEMSIZE, *QUANTISED], ["float32", "bfloat16", "int8"]
     add("--dtypes", nargs="+", choices=formats, default=usual, help=f"(default: {' '.join(usual)})")
-    add("--llama-python", default=sys.executable, metavar="PYTHON", help="has llama-cpp-python (default: this one)")
-    add("--repetitions", type=int, default=3, metavar="N", help="fresh processes for each figure (default: 3)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all cores)")
+    add(
+        "--llama-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="has llama-cpp-python (default: this one)",
+    )
+    add(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="N",
+        help="fresh processes for each figure (default: 3)",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="(default: all cores)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--minutes", type=float, default=float("inf"), help="start no process that would end later than this")
-    add("--busy", type=float, default=0.15, metavar="CORES", help="quiet is no more foreign load (default: 0.15)")
-    add("--patience", type=float, default=600, metavar="S", help="how long to wait for quiet (default: 600 s)")
-    add("--retries", type=int, default=1, metavar="N", help="repeat a disturbed process so often (default: 1)")
-    add("--out", type=Path, metavar="JSON", help="(default with 2b: results/2b-DEVICE.json, and README.md beside it)")
-    add("--readme-only", action="store_true", help="measure nothing: write README.md from what results/ holds")
+    add(
+        "--minutes",
+        type=float,
+        default=float("inf"),
+        help="start no process that would end later than this",
+    )
+    add(
+        "--busy",
+        type=float,
+        default=0.15,
+        metavar="CORES",
+        help="quiet is no more foreign load (default: 0.15)",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=600,
+        metavar="S",
+        help="how long to wait for quiet (default: 600 s)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=1,
+        metavar="N",
+        help="repeat a disturbed process so often (default: 1)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="JSON",
+        help="(default with 2b: results/2b-DEVICE.json, and README.md beside it)",
+    )
+    add(
+        "--readme-only",
+        action="store_true",
+        help="measure nothing: write README.md from what results/ holds",
+    )
     options = parser.parse_args(argv)
     for name in ("repetitions", "threads"):
         if getattr(options, name) < 1:

@@ -27,12 +27,16 @@ VERSIONS = {"gguf": "0.19.0", "llama-cpp-python": "0.3.36"}
 def obstacle(python: str) -> str | None:
     """What is missing to measure llama.cpp with this interpreter, in one sentence; None: nothing."""
     if importlib.util.find_spec("gguf") is None:
-        return f"the section llama needs the package gguf here: pip install gguf=={VERSIONS['gguf']}"
+        return (
+            f"the section llama needs the package gguf here: pip install gguf=={VERSIONS['gguf']}"
+        )
     if shutil.which(python) is None:
         return f"--llama-python is {python}, expected a Python interpreter"
     tried = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True, text=True)
     if tried.returncode:
-        install = f"CMAKE_ARGS=-DGGML_NATIVE=ON {python} -m pip install --no-binary llama-cpp-python"
+        install = (
+            f"CMAKE_ARGS=-DGGML_NATIVE=ON {python} -m pip install --no-binary llama-cpp-python"
+        )
         install += f" llama-cpp-python=={VERSIONS['llama-cpp-python']}"
         reason = (tried.stderr.strip().splitlines() or ["no reason was given"])[-1]
         return f"the section llama needs llama-cpp-python in {python} ({reason}): {install}"
@@ -43,8 +47,13 @@ def find_gguf(checkpoint: Path, form: str, cache: Path) -> Path:
     """The decoder of a checkpoint folder as GGUF, form "F16" or "Q8_0", written on first use into `cache`."""
     from load_weights import weight_files
 
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in weight_files(checkpoint)]
-    known_by = zlib.crc32(json.dumps(files).encode())  # other weights in the folder make another file
+    files = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in weight_files(checkpoint)
+    ]
+    known_by = zlib.crc32(
+        json.dumps(files).encode()
+    )  # other weights in the folder make another file
     path = cache / f"{checkpoint.name}-{known_by:08x}-{form}.gguf"
     if not path.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -67,9 +76,13 @@ def write_gguf(checkpoint: Path, form: str, path: Path) -> None:
 
     config = load_config(checkpoint)
     if config.rope_type != "default" or config.use_sliding_window:
-        raise ValueError(f"{checkpoint}: llama.cpp's qwen2vl has neither stretched rope nor a sliding window")
+        raise ValueError(
+            f"{checkpoint}: llama.cpp's qwen2vl has neither stretched rope nor a sliding window"
+        )
     if len(sections := config.rope_scaling["mrope_section"]) != 3:
-        raise ValueError(f"{checkpoint}: mrope_section has {len(sections)} entries; llama.cpp's qwen2vl takes three")
+        raise ValueError(
+            f"{checkpoint}: mrope_section has {len(sections)} entries; llama.cpp's qwen2vl takes three"
+        )
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.QWEN2VL])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -85,14 +98,18 @@ def write_gguf(checkpoint: Path, form: str, path: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2VL, config.num_hidden_layers)
     kinds = {"F16": gguf.GGMLQuantizationType.F16, "Q8_0": gguf.GGMLQuantizationType.Q8_0}
     for shard in map(open_shard, weight_files(checkpoint)):
-        for key in shard.keys():  # noqa: SIM118
+        for key in shard.keys():
             name = parameter_name(key)
-            if name.startswith("visual.") or (name == "lm_head.weight" and config.tie_word_embeddings):
+            if name.startswith("visual.") or (
+                name == "lm_head.weight" and config.tie_word_embeddings
+            ):
                 continue
             tensor = shard.get_tensor(key).to(torch.float32).numpy()
             kind = kinds[form] if tensor.ndim > 1 else gguf.GGMLQuantizationType.F32
             writer.add_tensor(
-                names.get_name(name, (".weight", ".bias")), gguf.quants.quantize(tensor, kind), raw_dtype=kind
+                names.get_name(name, (".weight", ".bias")),
+                gguf.quants.quantize(tensor, kind),
+                raw_dtype=kind,
             )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -111,7 +128,9 @@ def measure(job: dict) -> None:
     from benchmarks.workers import peak_bytes, report
 
     llama.llama_backend_init()
-    model = llama.llama_model_load_from_file(job["gguf"].encode(), llama.llama_model_default_params())
+    model = llama.llama_model_load_from_file(
+        job["gguf"].encode(), llama.llama_model_default_params()
+    )
     if not model:
         raise ValueError(f"llama.cpp does not read {job['gguf']}")
     words = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))

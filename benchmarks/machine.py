@@ -17,17 +17,32 @@ from importlib.metadata import version
 from pathlib import Path
 
 # What decides how fast products are, where the processor has it.
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd")
+INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+)
 TICK = os.sysconf("SC_CLK_TCK")  # /proc counts time in these, a hundredth of a second mostly
 
 
 def describe(device: str, threads: int) -> dict:
     """The machine and the versions, without its name."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    text = (
+        Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    )
     found = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text, re.MULTILINE))  # of the last core
     flags = (found.get("flags") or found.get("Features") or "").split()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    family = f"family {found['cpu family']}, model {found['model']}" if "cpu family" in found else platform.machine()
+    family = (
+        f"family {found['cpu family']}, model {found['model']}"
+        if "cpu family" in found
+        else platform.machine()
+    )
     gpu = None
     if device != "cpu":
         import torch
@@ -47,7 +62,10 @@ def describe(device: str, threads: int) -> dict:
 # --------------------------------------------------------------------------------------------------- the load
 def used_seconds(processes: list[int]) -> tuple[float, float, float]:
     """Processor seconds so far: of the whole machine, of these processes, and those stolen by the hypervisor."""
-    fields = [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+    fields = [
+        int(x)
+        for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]
+    ]
     user, nice, system, _idle, _iowait, irq, softirq, steal = fields
     own = 0
     for process in processes:
@@ -74,7 +92,10 @@ class Watch:
     """Looks at the machine four times a second while a process of ours runs."""
 
     def __init__(self, process: int):
-        self.processes, self.samples = [process, os.getpid()], []  # (time, machine, own, stolen, private bytes)
+        self.processes, self.samples = (
+            [process, os.getpid()],
+            [],
+        )  # (time, machine, own, stolen, private bytes)
         self.done = threading.Event()
         self.thread = threading.Thread(target=self.look, daemon=True)
 
@@ -99,9 +120,14 @@ class Watch:
     def between(self, start: float, end: float) -> dict[str, float]:
         """What went on between two times: foreign and stolen cores, on average, and the most private memory."""
         moments = [sample[0] for sample in self.samples]
-        first = max(0, bisect_right(moments, start) - 1)  # the last look before, the first one after
+        first = max(
+            0, bisect_right(moments, start) - 1
+        )  # the last look before, the first one after
         last = max(first, min(len(moments) - 1, bisect_left(moments, end)))
-        (t0, all0, own0, steal0, _), (t1, all1, own1, steal1, _) = self.samples[first], self.samples[last]
+        (t0, all0, own0, steal0, _), (t1, all1, own1, steal1, _) = (
+            self.samples[first],
+            self.samples[last],
+        )
         seconds = max(t1 - t0, 1e-9)
         return {
             "foreign_cores": round(max(0.0, (all1 - all0 - own1 + own0) / seconds), 3),
@@ -126,12 +152,16 @@ def wait_until_quiet(limit: float, patience: float, say: Callable[[str], None]) 
         if is_quiet(load, limit) or time.monotonic() - start > patience:
             return load
         if not told:
-            say(f"not quiet: {load['foreign_cores']} cores busy, {load['stolen_cores']} stolen; waiting")
+            say(
+                f"not quiet: {load['foreign_cores']} cores busy, {load['stolen_cores']} stolen; waiting"
+            )
             told = True
 
 
 # ----------------------------------------------------------------------------------------------- the ceilings
-def median_seconds(work: Callable[[], object], clock: Callable[[], float], budget: float = 1.5) -> float:
+def median_seconds(
+    work: Callable[[], object], clock: Callable[[], float], budget: float = 1.5
+) -> float:
     """The median time of a piece of work that is done at least three times, and for about `budget` seconds."""
     work()
     times, end = [], clock() + budget
@@ -155,7 +185,9 @@ def product_ways(device: str) -> dict[str, Callable]:
             return lambda x: torch.ops.mkldnn._linear_pointwise(x, ordered, None, "none", [], "")
 
         ways["oneDNN, weight reordered"] = packed
-        ways["oneDNN"] = lambda weight, rows: lambda x: torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight).to_dense()
+        ways["oneDNN"] = lambda weight, rows: (
+            lambda x: torch._C._nn.mkldnn_linear(x.to_mkldnn(), weight).to_dense()
+        )
     return ways
 
 
@@ -170,7 +202,9 @@ def ceilings(shapes: dict[str, list[tuple[int, int, int, int]]], dtypes: list[st
     import torch
     import torch.nn.functional as F
 
-    big = torch.ones(megabytes << 18, device=device)  # written to: zeros that nobody wrote are all one page
+    big = torch.ones(
+        megabytes << 18, device=device
+    )  # written to: zeros that nobody wrote are all one page
     reductions = {
         "sum": torch.sum,
         "largest": torch.max,
@@ -193,10 +227,19 @@ def ceilings(shapes: dict[str, list[tuple[int, int, int, int]]], dtypes: list[st
                 try:
                     seconds = []
                     for _, rows, wide, out in products:
-                        x, weight = (torch.randn(n, wide, device=device).to(dtype) for n in (rows, out))
+                        x, weight = (
+                            torch.randn(n, wide, device=device).to(dtype) for n in (rows, out)
+                        )
                         multiply = prepare(weight, rows)
-                        seconds.append(median_seconds(lambda f=multiply, x=x: f(x), clock, budget / len(products)))
-                except (RuntimeError, AttributeError) as error:  # this library has no such product on this machine
+                        seconds.append(
+                            median_seconds(
+                                lambda f=multiply, x=x: f(x), clock, budget / len(products)
+                            )
+                        )
+                except (
+                    RuntimeError,
+                    AttributeError,
+                ) as error:  # this library has no such product on this machine
                     reasons[f"{name}, {way}"] = str(error).splitlines()[0][:200]
                     continue
                 spent[way] = seconds
@@ -204,23 +247,37 @@ def ceilings(shapes: dict[str, list[tuple[int, int, int, int]]], dtypes: list[st
             flop = sum(count * 2 * rows * wide * out for count, rows, wide, out in products)
             spent["the best of them at each shape"] = quickest
             rates[name][part] = {
-                way: flop / sum(product[0] * s for product, s in zip(products, seconds, strict=True))
+                way: flop
+                / sum(product[0] * s for product, s in zip(products, seconds, strict=True))
                 for way, seconds in spent.items()
             }
     _, _, wide, out = shapes["decoder"][-1]
-    for name in dict.fromkeys((*dtypes, "bfloat16", "float16")):  # memory is no slower for those not asked for
+    for name in dict.fromkeys(
+        (*dtypes, "bfloat16", "float16")
+    ):  # memory is no slower for those not asked for
         dtype = getattr(torch, name)
-        count = max(2, (megabytes << 19) // (wide * out * dtype.itemsize))  # many, or a cache would hold them
+        count = max(
+            2, (megabytes << 19) // (wide * out * dtype.itemsize)
+        )  # many, or a cache would hold them
         weights = torch.randn(1, out, wide, device=device).to(dtype).repeat(count, 1, 1)
         x = torch.randn(1, wide, device=device).to(dtype)
         usual = torch.backends.mkldnn.enabled
-        for library in (True, False) if device == "cpu" and torch.backends.mkldnn.is_available() else (False,):
+        for library in (
+            (True, False) if device == "cpu" and torch.backends.mkldnn.is_available() else (False,)
+        ):
             torch.backends.mkldnn.enabled = library
-            seconds = median_seconds(lambda w=weights, x=x: [F.linear(x, one) for one in w], clock, budget)
+            seconds = median_seconds(
+                lambda w=weights, x=x: [F.linear(x, one) for one in w], clock, budget
+            )
             single[name + (" by oneDNN" if library else "")] = weights.nbytes / seconds
         torch.backends.mkldnn.enabled = usual
         weights = None  # before the next ones are made
-    return {"read_bytes_per_s": reads, "flop_per_s": rates, "single_row_bytes_per_s": single, "not_possible": reasons}
+    return {
+        "read_bytes_per_s": reads,
+        "flop_per_s": rates,
+        "single_row_bytes_per_s": single,
+        "not_possible": reasons,
+    }
 
 
 def merge_ceilings(records: list[dict]) -> dict | None:
@@ -228,17 +285,25 @@ def merge_ceilings(records: list[dict]) -> dict | None:
 
     def best_of(values: list):
         if isinstance(values[0], dict):
-            return {name: best_of([value[name] for value in values if name in value]) for name in values[0]}
+            return {
+                name: best_of([value[name] for value in values if name in value])
+                for name in values[0]
+            }
         return max(values)
 
     names = ("read_bytes_per_s", "flop_per_s", "single_row_bytes_per_s")
-    return {name: best_of([record[name] for record in records]) for name in names} if records else None
+    return (
+        {name: best_of([record[name] for record in records]) for name in names} if records else None
+    )
 
 
 def quickest_read(found: dict) -> tuple[float, str]:
     """Bytes a second at which memory can be read, and what reached that."""
     ways = dict(found["read_bytes_per_s"])
-    ways |= {f"product with one row in {name}": rate for name, rate in found["single_row_bytes_per_s"].items()}
+    ways |= {
+        f"product with one row in {name}": rate
+        for name, rate in found["single_row_bytes_per_s"].items()
+    }
     return max((rate, way) for way, rate in ways.items())
 
 
@@ -250,4 +315,6 @@ def best(found: dict, dtype: str, part: str) -> tuple[float, float]:
     """
     by_dtype = found["flop_per_s"]
     names = {dtype, "float32"} & by_dtype.keys() if dtype in by_dtype else by_dtype
-    return max(rate for name in names for rate in by_dtype[name][part].values()), quickest_read(found)[0]
+    return max(rate for name in names for rate in by_dtype[name][part].values()), quickest_read(
+        found
+    )[0]

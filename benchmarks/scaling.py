@@ -29,9 +29,15 @@ from benchmarks.compare import HERE, ITEMSIZE, SIDES, per_step, run_quietly, tid
 # Axis → what is measured there, as (name, its seconds in a record); and its points with the task of each.
 CURVES = {
     "image tokens": [("vision tower", lambda r: r["vision"])],
-    "tokens of context": [("prefill", lambda r: r["first_token"]), ("one decode step", lambda r: per_step(r))],
+    "tokens of context": [
+        ("prefill", lambda r: r["first_token"]),
+        ("one decode step", lambda r: per_step(r)),
+    ],
     "batch": [("one decode step", lambda r: per_step(r))],
-    "frames": [("vision tower", lambda r: r["vision"]), ("prefill", lambda r: r["first_token"] - r["vision"])],
+    "frames": [
+        ("vision tower", lambda r: r["vision"]),
+        ("prefill", lambda r: r["first_token"] - r["vision"]),
+    ],
 }
 
 
@@ -42,7 +48,9 @@ def points(tiny: bool) -> dict[str, dict[int, dict]]:
     batches = (1, 2, 4) if tiny else (1, 2, 4, 8, 16)
     slices = (1, 2, 4) if tiny else (1, 2, 4, 8, 16, 32)
     return {
-        "image tokens": {n * n: {"rows": [[4, ("image", 1, n, n)]], "new_tokens": 1} for n in sides},
+        "image tokens": {
+            n * n: {"rows": [[4, ("image", 1, n, n)]], "new_tokens": 1} for n in sides
+        },
         "tokens of context": {n: {"rows": [[n]], "new_tokens": 9} for n in contexts},
         "batch": {n: {"rows": [[64]] * n, "new_tokens": 9} for n in batches},
         "frames": {2 * n: {"rows": [[4, ("video", n, 8, 12)]], "new_tokens": 1} for n in slices},
@@ -53,7 +61,12 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
     """{axis: {curve: {side: [(x, median seconds), ...]}}} of the quiet measurements, with the machine."""
     axes = points(options.shapes == "tiny")
     tasks = {f"{axis} {x}": task for axis, along in axes.items() for x, task in along.items()}
-    job = {"kind": "questions", "checkpoint": str(folder), "device": options.device, "dtype": options.dtype}
+    job = {
+        "kind": "questions",
+        "checkpoint": str(folder),
+        "device": options.device,
+        "dtype": options.dtype,
+    }
     records = []
     for repetition in range(options.repetitions):
         for side in SIDES if repetition % 2 == 0 else SIDES[::-1]:
@@ -64,7 +77,11 @@ def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None
             for side in SIDES:
                 line = curves.setdefault(axis, {}).setdefault(name, {}).setdefault(side, [])
                 for x in along:
-                    mine = [r for r in records if (r["side"], r["task"]) == (side, f"{axis} {x}") and r["quiet"]]
+                    mine = [
+                        r
+                        for r in records
+                        if (r["side"], r["task"]) == (side, f"{axis} {x}") and r["quiet"]
+                    ]
                     if mine:
                         line.append((x, statistics.median(map(value, mine))))
     about = machine.describe(options.device, options.threads)
@@ -89,7 +106,11 @@ def draw(found: dict, path: Path) -> None:
     colours, styles = dict(zip(SIDES, ("#0072b2", "#d55e00"), strict=True)), ("-", "--")
     for panel, (axis, curves) in zip(panels.flat, found["curves"].items(), strict=True):
         first = [
-            line[0][1] for side in reversed(SIDES) for sides in curves.values() for line in [sides[side]] if line
+            line[0][1]
+            for side in reversed(SIDES)
+            for sides in curves.values()
+            for line in [sides[side]]
+            if line
         ]
         unit = first[0] if first else 1.0
         for (name, sides), style in zip(curves.items(), styles[: len(curves)], strict=True):
@@ -98,12 +119,16 @@ def draw(found: dict, path: Path) -> None:
                     steep = "" if slope(line) is None else f", slope {slope(line):.2f}"
                     xs, ys = zip(*((x, seconds / unit) for x, seconds in line), strict=True)
                     label = f"{name}, {side}{steep}"
-                    panel.loglog(xs, ys, style, marker="o", markersize=4, color=colours[side], label=label)
+                    panel.loglog(
+                        xs, ys, style, marker="o", markersize=4, color=colours[side], label=label
+                    )
         drawn = [point for sides in curves.values() for line in sides.values() for point in line]
         ticks = sorted({x for x, _ in drawn})
         panel.set_xticks(ticks, [str(x) for x in ticks])
         panel.minorticks_off()
-        decades = [math.log10(seconds / unit) for _, seconds in drawn]  # whole ones: those are what has a label
+        decades = [
+            math.log10(seconds / unit) for _, seconds in drawn
+        ]  # whole ones: those are what has a label
         panel.set_ylim(10 ** math.floor(min(decades)), 10 ** max(1, math.ceil(max(decades))))
         panel.set(xlabel=axis, ylabel="cost (first point of transformers = 1)")
         panel.grid(alpha=0.3)
@@ -116,16 +141,62 @@ def draw(found: dict, path: Path) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--shapes", choices=SHAPES, default="thin", help="2b, thin (its widths, few layers) or tiny (default: thin)")
-    add("--checkpoint", type=Path, metavar="FOLDER", help="one of these shapes (default: a random one in the cache)")
+    add(
+        "--shapes",
+        choices=SHAPES,
+        default="thin",
+        help="2b, thin (its widths, few layers) or tiny (default: thin)",
+    )
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="FOLDER",
+        help="one of these shapes (default: a random one in the cache)",
+    )
     add("--dtype", choices=ITEMSIZE, default="float32", help="(default: float32)")
-    add("--repetitions", type=int, default=3, metavar="N", help="fresh processes for each figure (default: 3)")
-    add("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="(default: all cores)")
+    add(
+        "--repetitions",
+        type=int,
+        default=3,
+        metavar="N",
+        help="fresh processes for each figure (default: 3)",
+    )
+    add(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="(default: all cores)",
+    )
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--busy", type=float, default=0.15, metavar="CORES", help="quiet is no more foreign load (default: 0.15)")
-    add("--patience", type=float, default=600, metavar="S", help="how long to wait for quiet (default: 600 s)")
-    add("--retries", type=int, default=1, metavar="N", help="repeat what was disturbed so often (default: 1)")
-    add("--out", type=Path, default=HERE / "results" / "scaling", metavar="STEM", help="(default: results/scaling)")
+    add(
+        "--busy",
+        type=float,
+        default=0.15,
+        metavar="CORES",
+        help="quiet is no more foreign load (default: 0.15)",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=600,
+        metavar="S",
+        help="how long to wait for quiet (default: 600 s)",
+    )
+    add(
+        "--retries",
+        type=int,
+        default=1,
+        metavar="N",
+        help="repeat what was disturbed so often (default: 1)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=HERE / "results" / "scaling",
+        metavar="STEM",
+        help="(default: results/scaling)",
+    )
     return parser.parse_args(argv)
 
 

@@ -77,7 +77,11 @@ def load_peer(job: dict):
     from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
     dtype = getattr(torch, job["dtype"])
-    model = Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype).to(job["device"]).eval()
+    model = (
+        Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype)
+        .to(job["device"])
+        .eval()
+    )
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     return model
 
@@ -97,10 +101,19 @@ def answer_peer(model, batch, new_tokens: int, on_token) -> None:
         def end(self):
             pass
 
-    config, inputs = model.config, {n: torch.as_tensor(a, device=model.device) for n, a in batch.arrays().items()}
+    config, inputs = (
+        model.config,
+        {n: torch.as_tensor(a, device=model.device) for n, a in batch.arrays().items()},
+    )
     ids = inputs["input_ids"]
     kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-    model.generate(**inputs, mm_token_type_ids=kinds, max_new_tokens=new_tokens, do_sample=False, streamer=Watcher())
+    model.generate(
+        **inputs,
+        mm_token_type_ids=kinds,
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=Watcher(),
+    )
 
 
 SIDES = {"ours": (load_ours, answer_ours), "transformers": (load_peer, answer_peer)}
@@ -108,7 +121,9 @@ SIDES = {"ours": (load_ours, answer_ours), "transformers": (load_peer, answer_pe
 
 # ----------------------------------------------------------------------------------------------------- the jobs
 # What the chat template makes of a question; without one in the folder, the peer's tokenizer has to be given it.
-PROMPT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+)
 PROMPT += "<|im_start|>assistant\n"
 
 
@@ -128,12 +143,20 @@ def cold(job: dict) -> None:
         next(stream(model, batch, 16, Sampling()))
     else:
         import torch
-        from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration  # AutoProcessor wants torchvision
+        from transformers import (
+            AutoTokenizer,
+            Qwen2VLForConditionalGeneration,
+        )  # AutoProcessor wants torchvision
 
         imported = time.monotonic()
-        tokenizer, dtype = AutoTokenizer.from_pretrained(job["checkpoint"]), getattr(torch, job["dtype"])
+        tokenizer, dtype = (
+            AutoTokenizer.from_pretrained(job["checkpoint"]),
+            getattr(torch, job["dtype"]),
+        )
         inputs = tokenizer(PROMPT.format(text), return_tensors="pt").to(job["device"])
-        model = Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype).to(job["device"])
+        model = Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype).to(
+            job["device"]
+        )
         loaded = time.monotonic()
         model.generate(**inputs, max_new_tokens=1, do_sample=False)
     end = make_clock(job["device"])()
@@ -150,13 +173,19 @@ def questions(job: dict) -> None:
     from load_weights import load_config
 
     torch.set_num_threads(job["threads"])
-    clock, config, (load, answer) = make_clock(job["device"]), load_config(job["checkpoint"]), SIDES[job["side"]]
+    clock, config, (load, answer) = (
+        make_clock(job["device"]),
+        load_config(job["checkpoint"]),
+        SIDES[job["side"]],
+    )
     model = load(job)
     vision, scores = [], []
     tower = model.visual if job["side"] == "ours" else model.model.visual
     tower.register_forward_pre_hook(lambda *_: vision.append(-clock()))
     tower.register_forward_hook(lambda *_: vision.append(clock()))
-    model.lm_head.register_forward_hook(lambda _module, _inputs, out: scores.append(out[:, -1].detach().clone()))
+    model.lm_head.register_forward_hook(
+        lambda _module, _inputs, out: scores.append(out[:, -1].detach().clone())
+    )
 
     # Mapped weights are read for the first time, and libraries choose their kernels.
     answer(model, make_batch(config, [[4, ("image", 1, 2, 2), 4]]), 3, lambda _: None)
@@ -165,7 +194,12 @@ def questions(job: dict) -> None:
         vision.clear()
         scores.clear()
         start = clock()
-        answer(model, batch, task["new_tokens"], lambda ids, t=times, n=tokens: (t.append(clock()), n.append(ids)))
+        answer(
+            model,
+            batch,
+            task["new_tokens"],
+            lambda ids, t=times, n=tokens: (t.append(clock()), n.append(ids)),
+        )
         if "logits" in job:  # of the prefill and of the last step
             ends = torch.stack((scores[0], scores[-1])).float().cpu().numpy()
             np.save(Path(job["logits"]) / f"{job['side']}-{job['dtype']}-{name}.npy", ends)
@@ -183,7 +217,9 @@ def measure_ceilings(job: dict) -> None:
     clock = make_clock(job["device"])
     start = clock()
     with torch.inference_mode():
-        found = machine.ceilings(job["shapes"], job["dtypes"], job["device"], clock, job["megabytes"], job["budget"])
+        found = machine.ceilings(
+            job["shapes"], job["dtypes"], job["device"], clock, job["megabytes"], job["budget"]
+        )
     report(task="ceilings", start=start, end=clock(), **found)
 
 

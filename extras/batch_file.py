@@ -48,12 +48,16 @@ class Question:
 
     record: dict  # of its answer, as far as it is known: `line`, perhaps `id`; `error` if it cannot be asked
     sha256: str
-    messages: list[dict] = field(default_factory=list)  # with a Media in the place of each picture and clip
+    messages: list[dict] = field(
+        default_factory=list
+    )  # with a Media in the place of each picture and clip
     length: int = 0  # of the prompt in tokens
     size: int = 0  # of the patches in bytes
 
 
-def run(arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sampling: Sampling) -> None:
+def run(
+    arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sampling: Sampling
+) -> None:
     """Answers each line of `arguments.batch` that has no answer in `arguments.out` yet; says how many on stderr.
 
     A line that cannot be asked becomes an error record. Raises ValueError or OSError with one sentence for files and
@@ -63,8 +67,12 @@ def run(arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sam
     done, total = resume(arguments.batch, arguments.out)
     written = {"answer": 0, "error": 0}
     with (
-        open(arguments.out, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,  # for surrogates
-        tqdm(total=total, initial=len(done), unit=" lines", disable=arguments.quiet, file=sys.stderr) as bar,
+        open(
+            arguments.out, "a", encoding="utf-8", errors="backslashreplace", newline="\n"
+        ) as file,  # for surrogates
+        tqdm(
+            total=total, initial=len(done), unit=" lines", disable=arguments.quiet, file=sys.stderr
+        ) as bar,
     ):
 
         def write(record: dict) -> None:
@@ -91,9 +99,15 @@ def run(arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sam
 
 def check(arguments: argparse.Namespace) -> None:
     """Raises ValueError or FileNotFoundError for options that mean nothing here and for files that cannot be used."""
-    given = {"--image or --video": arguments.media, "--prompt": arguments.prompt, "--system": arguments.system}
+    given = {
+        "--image or --video": arguments.media,
+        "--prompt": arguments.prompt,
+        "--system": arguments.system,
+    }
     if names := [name for name, value in given.items() if value not in (None, [])]:
-        raise ValueError(f"{names[0]} means nothing with --batch, where each line is a whole conversation")
+        raise ValueError(
+            f"{names[0]} means nothing with --batch, where each line is a whole conversation"
+        )
     batch, out = Path(arguments.batch), Path(arguments.out)
     if not batch.is_file():
         raise FileNotFoundError(f"there is no file {batch}, which --batch names")
@@ -128,7 +142,10 @@ def resume(batch: str, out: str) -> tuple[dict[int, str], int]:
             for number, line in lines(out) if os.path.exists(out) else ():
                 whole = line.endswith(b"\n")
                 if not whole and FIRST.startswith(line[: len(FIRST)]):
-                    print(f"{out}: its last record is only half written and is dropped", file=sys.stderr)
+                    print(
+                        f"{out}: its last record is only half written and is dropped",
+                        file=sys.stderr,
+                    )
                     break
                 try:
                     record = json.loads(line)
@@ -138,23 +155,35 @@ def resume(batch: str, out: str) -> tuple[dict[int, str], int]:
                         done[answered] = record["sha256"]
                         kept.write(line)
                 except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(f"line {number} of {out} is no answer of --batch: give another --out") from error
+                    raise ValueError(
+                        f"line {number} of {out} is no answer of --batch: give another --out"
+                    ) from error
         missing = dict(done)
         for number, line in lines(batch):
             total += 1
             if missing.pop(number, digest(line)) != digest(line):
-                raise ValueError(f"line {number} of {batch} is not the one that {out} answers: give another --out")
+                raise ValueError(
+                    f"line {number} of {batch} is not the one that {out} answers: give another --out"
+                )
         if missing:
-            raise ValueError(f"{out} answers line {min(missing)} of {batch}, which is not there: give another --out")
+            raise ValueError(
+                f"{out} answers line {min(missing)} of {batch}, which is not there: give another --out"
+            )
         os.replace(new, os.path.realpath(out))
     finally:
         new.unlink(missing_ok=True)
     return done, total
 
 
-def questions(arguments: argparse.Namespace, processor: Processor, done: Container[int] = ()) -> Iterator[Question]:
+def questions(
+    arguments: argparse.Namespace, processor: Processor, done: Container[int] = ()
+) -> Iterator[Question]:
     """The lines of the file in their order, without those in `done`, each prepared when it is asked for."""
-    defaults = {name: value for name in ("fps", "nframes") if (value := getattr(arguments, name)) is not None}
+    defaults = {
+        name: value
+        for name in ("fps", "nframes")
+        if (value := getattr(arguments, name)) is not None
+    }
     for number, line in lines(arguments.batch):
         if number in done:
             continue
@@ -165,9 +194,13 @@ def questions(arguments: argparse.Namespace, processor: Processor, done: Contain
                 question.record |= {"id": found["id"]} if "id" in found else {}
                 found = found.get("messages")
             if not isinstance(found, list) or not found:
-                raise ValueError("expected a list of messages, or an object with such a list under messages")
+                raise ValueError(
+                    "expected a list of messages, or an object with such a list under messages"
+                )
             for index, message in enumerate(found):
-                items = [read_media(item, processor, defaults) for item in content_items(message, index)]
+                items = [
+                    read_media(item, processor, defaults) for item in content_items(message, index)
+                ]
                 question.messages.append(message | {"content": items})
             batch = processor([question.messages], add_vision_id=arguments.add_vision_id)
             question.length = batch.input_ids.shape[1]
@@ -176,7 +209,11 @@ def questions(arguments: argparse.Namespace, processor: Processor, done: Contain
             question.record["error"] = f"the line is not JSON: {error.msg} at column {error.colno}"
         except (ValueError, OSError) as error:
             question.record["error"] = str(error)
-        except (TypeError, ArithmeticError, RecursionError) as error:  # a list for a number, a size of 0, ...
+        except (
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:  # a list for a number, a size of 0, ...
             question.record["error"] = f"the line cannot be used: {type(error).__name__}: {error}"
         yield question
 
@@ -213,13 +250,21 @@ def split(window: list[Question], size: int) -> Iterator[list[Question]]:
 
 
 def answers(
-    arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sampling: Sampling, group: list[Question]
+    arguments: argparse.Namespace,
+    model: Qwen2VL,
+    processor: Processor,
+    sampling: Sampling,
+    group: list[Question],
 ) -> Iterator[dict]:
     """The records of a group, each as soon as its answer has ended."""
     ends = end_ids(model)
     if sampling.seed is not None:
-        sampling = replace(sampling, seed=[sampling.seed + question.record["line"] - 1 for question in group])
-    batch = processor([question.messages for question in group], add_vision_id=arguments.add_vision_id)
+        sampling = replace(
+            sampling, seed=[sampling.seed + question.record["line"] - 1 for question in group]
+        )
+    batch = processor(
+        [question.messages for question in group], add_vision_id=arguments.add_vision_id
+    )
 
     def record(question: Question, ids: list[int]) -> dict:
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)

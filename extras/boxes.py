@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from preprocess import to_rgb
+from media import to_rgb
 
 GRID = 1000
 CONTROL = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
@@ -72,11 +72,17 @@ def find_boxes(text: str) -> list[Box]:
         if kind == "object_ref":
             label = " ".join(inside.split())
             continue
-        numbers = [int(number) for number in re.findall("[0-9]+", inside)] if POINTS.fullmatch(inside) else []
+        numbers = (
+            [int(number) for number in re.findall("[0-9]+", inside)]
+            if POINTS.fullmatch(inside)
+            else []
+        )
         step = 2 * CORNERS[kind]
         closed = [following[:2] for following in marks[i + 1 : i + 2]] == [(kind, "end")]
         if not closed or not numbers or len(numbers) % step or max(numbers) > GRID:
-            warnings.warn(f"left out a {kind} of the answer that cannot be read: {inside!r:.80}", stacklevel=2)
+            warnings.warn(
+                f"left out a {kind} of the answer that cannot be read: {inside!r:.80}", stacklevel=2
+            )
             continue
         for start in range(0, len(numbers), step):
             x, y = numbers[start : start + step : 2], numbers[start + 1 : start + step : 2]
@@ -139,27 +145,38 @@ def draw(picture: Image.Image, boxes: list[Box]) -> Image.Image:
     scale = math.sqrt(width * height)
     line, edge = max(1, round(scale / 200)), max(1, round(scale / 800))
     size, margin = max(10, round(scale / 36)), max(2, round(scale / 200))
-    hues = {label: 137.5 * i % 360 for i, label in enumerate(dict.fromkeys(box.label for box in boxes))}
-    colours = {label: f"hsl({hue}, 100%, 70%)" for label, hue in hues.items()}  # black on them has a contrast of 5
+    hues = {
+        label: 137.5 * i % 360 for i, label in enumerate(dict.fromkeys(box.label for box in boxes))
+    }
+    colours = {
+        label: f"hsl({hue}, 100%, 70%)" for label, hue in hues.items()
+    }  # black on them has a contrast of 5
 
     canvas = ImageDraw.Draw(picture)
     rectangles = []
     for box in boxes:
         left, top, right, bottom = box.in_pixels(width, height)
         left, top = min(int(left), width - 1), min(int(top), height - 1)
-        right, bottom = max(math.ceil(right) - 1, left), max(math.ceil(bottom) - 1, top)  # the last pixels inside
+        right, bottom = (
+            max(math.ceil(right) - 1, left),
+            max(math.ceil(bottom) - 1, top),
+        )  # the last pixels inside
         rectangles.append((left, top, right, bottom))
         outer = (left - edge, top - edge, right + edge, bottom + edge)
         canvas.rectangle(outer, outline="black", width=line + 2 * edge)
         canvas.rectangle((left, top, right, bottom), outline=colours[box.label], width=line)
 
     plates = []
-    for number, (box, (left, top, _, bottom)) in enumerate(zip(boxes, rectangles, strict=True), start=1):
+    for number, (box, (left, top, _, bottom)) in enumerate(
+        zip(boxes, rectangles, strict=True), start=1
+    ):
         if not box.label:
             continue
         font, text = font_for(box.label, size), box.label
         if font is None:
-            warnings.warn(f"no font has all letters of {text!r:.80}, so it is drawn as {number}", stacklevel=2)
+            warnings.warn(
+                f"no font has all letters of {text!r:.80}, so it is drawn as {number}", stacklevel=2
+            )
             font, text = load_font(None, size), str(number)
         text = shorten(text, font, width - 2 * margin)
         ascent, descent = font.getmetrics()
@@ -170,7 +187,9 @@ def draw(picture: Image.Image, boxes: list[Box]) -> Image.Image:
         plate = min(places, key=lambda place: sum(overlap(place, other) for other in plates))
         plates.append(plate)
         x, y, right, bottom = plate
-        canvas.rectangle((x, y, right - 1, bottom - 1), fill=colours[box.label], outline="black", width=edge)
+        canvas.rectangle(
+            (x, y, right - 1, bottom - 1), fill=colours[box.label], outline="black", width=edge
+        )
         canvas.text((x + margin, y), text, fill="black", font=font)
     return picture
 
@@ -183,7 +202,9 @@ def check_path(path: str | Path) -> None:
     path = Path(path)
     formats = Image.registered_extensions()
     if formats.get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"cannot write {path}: its ending names no known picture format, such as .png or .jpg")
+        raise ValueError(
+            f"cannot write {path}: its ending names no known picture format, such as .png or .jpg"
+        )
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
 
@@ -197,4 +218,6 @@ def save(picture: Image.Image, boxes: list[Box], path: str | Path) -> None:
     try:
         draw(picture, boxes).save(path)
     except (OSError, ValueError) as error:
-        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error

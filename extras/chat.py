@@ -49,7 +49,9 @@ class Chat:
     ):  # fmt: skip
         self.model, self.processor, self.sampling = model, processor, sampling
         self.max_new_tokens, self.add_vision_id = max_new_tokens, add_vision_id
-        self.messages: list[dict] = []  # for the Processor; an item with Media has what was given beside it
+        self.messages: list[
+            dict
+        ] = []  # for the Processor; an item with Media has what was given beside it
         self.waiting: list[dict] = []  # pictures and clips for the next question
         self.ran: Batch | None = None  # what the last question put through the model
         self.forget()
@@ -88,8 +90,12 @@ class Chat:
             kept = self._keep(ids)
             self._leave_out_media(batch, kept)
             self.ran = replace(batch, input_ids=batch.input_ids[:, kept:])
-            with contextlib.suppress(GeneratorExit):  # closed between two tokens, when the cache is whole
-                for (id,) in stream(self.model, batch, self.max_new_tokens, self.sampling, self.cache):
+            with contextlib.suppress(
+                GeneratorExit
+            ):  # closed between two tokens, when the cache is whole
+                for (id,) in stream(
+                    self.model, batch, self.max_new_tokens, self.sampling, self.cache
+                ):
                     answer.append(id)
                     yield id
             self.cached_ids = [*ids, *answer][: self.cache.length]  # the last one was never run
@@ -114,17 +120,23 @@ class Chat:
             self.cache = KVCache(config, 1, room, weight.device, weight.dtype)
             return kept
         if old.max_length < room:
-            self.cache = KVCache(config, 1, max(room, 2 * old.max_length), weight.device, weight.dtype)
+            self.cache = KVCache(
+                config, 1, max(room, 2 * old.max_length), weight.device, weight.dtype
+            )
             self.cache.keys[..., :kept, :] = old.keys[..., :kept, :]
             self.cache.values[..., :kept, :] = old.values[..., :kept, :]
-        self.cache.next_position = old.next_position - (old.length - kept)  # what is cut is words: one step each
+        self.cache.next_position = old.next_position - (
+            old.length - kept
+        )  # what is cut is words: one step each
         self.cache.length = kept
         return kept
 
     def _leave_out_media(self, batch: Batch, kept: int) -> None:
         """Takes the pictures and clips of earlier turns, which the cache holds, out of the batch."""
         config = self.model.config
-        items = [item for n, message in enumerate(self.messages) for item in content_items(message, n)]
+        items = [
+            item for n, message in enumerate(self.messages) for item in content_items(message, n)
+        ]
         for kind, pixels, grids, token_id in (
             ("image", "pixel_values", "image_grid_thw", config.image_token_id),
             ("video", "pixel_values_videos", "video_grid_thw", config.video_token_id),
@@ -136,7 +148,9 @@ class Chat:
             start, rest = grid[:count].prod(1).sum(), count < len(grid)
             # The prompt before the last answer is encoded as it was, so the cache is never cut there.
             placeholders = (batch.input_ids[0, :kept] == token_id).sum()
-            assert placeholders * config.vision_config.spatial_merge_size**2 == start, "a picture was cut off"
+            assert placeholders * config.vision_config.spatial_merge_size**2 == start, (
+                "a picture was cut off"
+            )
             setattr(batch, pixels, patches[start:] if rest else None)
             setattr(batch, grids, grid[count:] if rest else None)
 
@@ -145,7 +159,9 @@ class Chat:
         if not any(message["role"] == "user" for message in self.messages):
             raise ValueError("there is nothing to save yet")
         plain = [
-            message if isinstance(content, str) else message | {"content": [x.get("given", x) for x in content]}
+            message
+            if isinstance(content, str)
+            else message | {"content": [x.get("given", x) for x in content]}
             for message in self.messages
             for content in (message["content"],)
         ]
@@ -159,7 +175,11 @@ class Chat:
 
 # ---------------------------------------------------------------------------------------------- the command line
 def run(
-    arguments: argparse.Namespace, model: Qwen2VL, processor: Processor, sampling: Sampling, messages: list[dict]
+    arguments: argparse.Namespace,
+    model: Qwen2VL,
+    processor: Processor,
+    sampling: Sampling,
+    messages: list[dict],
 ) -> None:
     """Reads questions and commands from stdin until it ends; answers go to stdout, all else to stderr.
 
@@ -171,7 +191,10 @@ def run(
         if not arguments.quiet:
             print(line, file=sys.stderr, flush=True)
 
-    chat, question = Chat(model, processor, sampling, arguments.max_new_tokens, arguments.add_vision_id), None
+    chat, question = (
+        Chat(model, processor, sampling, arguments.max_new_tokens, arguments.add_vision_id),
+        None,
+    )
     for message in messages:
         if message["role"] == "system":
             chat.messages.append(message)
@@ -202,7 +225,11 @@ def run(
                 raise
             pressed = True
             withdrawn = question is not None and chat.cache is None
-            say("\nthe question is withdrawn" if withdrawn else "\n(Ctrl-C again, or Ctrl-D, leaves)")
+            say(
+                "\nthe question is withdrawn"
+                if withdrawn
+                else "\n(Ctrl-C again, or Ctrl-D, leaves)"
+            )
         except BrokenPipeError:  # nobody reads the answers any more
             raise
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
@@ -221,7 +248,9 @@ def read_line(chat: Chat, prompted: bool) -> str:
     return input()
 
 
-def obey(chat: Chat, line: str, arguments: argparse.Namespace, say: Callable[[str], None]) -> str | None:
+def obey(
+    chat: Chat, line: str, arguments: argparse.Namespace, say: Callable[[str], None]
+) -> str | None:
     """Does what a command says; gives any other line back, as the question that it is."""
     if not line.startswith("/") or line.startswith("//"):
         return line.removeprefix("/") if line.strip() else None
@@ -230,8 +259,14 @@ def obey(chat: Chat, line: str, arguments: argparse.Namespace, say: Callable[[st
         raise ValueError(f"{command} needs a file: {command} FILE")
     if command in ("/image", "/video"):
         kind = command[1:]
-        options = {name: value for name in ("fps", "nframes") if (value := getattr(arguments, name)) is not None}
-        media = chat.add({"type": kind, kind: plain_path(rest)} | (options if kind == "video" else {}))
+        options = {
+            name: value
+            for name in ("fps", "nframes")
+            if (value := getattr(arguments, name)) is not None
+        }
+        media = chat.add(
+            {"type": kind, kind: plain_path(rest)} | (options if kind == "video" else {})
+        )
         say(media.summary(chat.processor.image_config))
     elif command == "/save":
         chat.save(path := plain_path(rest))
@@ -244,7 +279,9 @@ def obey(chat: Chat, line: str, arguments: argparse.Namespace, say: Callable[[st
     elif command == "/exit":
         raise EOFError
     else:
-        raise ValueError(f"there is no command {command:.80}; /help lists them (a question may begin with //)")
+        raise ValueError(
+            f"there is no command {command:.80}; /help lists them (a question may begin with //)"
+        )
     return None
 
 
@@ -271,7 +308,9 @@ def answer(chat: Chat, question: str, say: Callable[[str], None]) -> None:
     finally:
         if len(times) > 1:
             print(words.finish(), flush=True)
-    say(f"{command_line.spent(chat.model, chat.ran, times)}; {len(chat.cached_ids)} tokens in the cache")
+    say(
+        f"{command_line.spent(chat.model, chat.ran, times)}; {len(chat.cached_ids)} tokens in the cache"
+    )
 
 
 @contextlib.contextmanager

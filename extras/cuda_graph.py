@@ -26,17 +26,31 @@ class Step:
 
     def __init__(self, model: Qwen2VL, cache: KVCache):
         rows, device = cache.next_position.shape[0], cache.keys.device
-        self.model, self.cache, self.graph, self.recording = model, cache, None, device.type == "cuda"
-        for stored in (cache.keys, cache.values):  # what is masked still counts 0 times, and 0 · NaN is NaN
+        self.model, self.cache, self.graph, self.recording = (
+            model,
+            cache,
+            None,
+            device.type == "cuda",
+        )
+        for stored in (
+            cache.keys,
+            cache.values,
+        ):  # what is masked still counts 0 times, and 0 · NaN is NaN
             stored[..., cache.length :, :] = 0
-        self.end = -1  # how long the cache was after the last step: it is another's if that has changed
+        self.end = (
+            -1
+        )  # how long the cache was after the last step: it is another's if that has changed
         self.ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)  # of the new tokens, on all three axes
+        self.position = torch.zeros(
+            rows, dtype=torch.long, device=device
+        )  # of the new tokens, on all three axes
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # where in the cache they go
         self.visible = torch.zeros(rows, 1, 1, cache.max_length, dtype=torch.bool, device=device)
         # No token is further on than there are tokens before it, so L rows of angles are enough.
         positions = torch.arange(cache.max_length, device=device).expand(3, 1, -1)
-        self.angles = multimodal_rotary(model.config, positions, like=model.model.norm.weight)  # two of [1, 1, L, D]
+        self.angles = multimodal_rotary(
+            model.config, positions, like=model.model.norm.weight
+        )  # two of [1, 1, L, D]
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """What `KVCache.update` does, at a place that is a tensor; gives all L places, [B, G, L, D]."""
@@ -49,7 +63,9 @@ class Step:
         decoder = self.model.model
         self.visible.index_fill_(3, self.place, True)
         x = decoder.embed_tokens(self.ids)  # [B, 1, C]
-        cos, sin = (table[0, 0, self.position][:, None, None] for table in self.angles)  # [B, 1, 1, D]
+        cos, sin = (
+            table[0, 0, self.position][:, None, None] for table in self.angles
+        )  # [B, 1, 1, D]
         plan = AttentionPlan("plain" if decoder.attention == "plain" else "sdpa", mask=self.visible)
         for layer in decoder.layers:
             x = layer(x, cos, sin, plan, self)
@@ -57,11 +73,15 @@ class Step:
 
     def __call__(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         cache = self.cache
-        if cache.length != self.end:  # the first step, or a chat has cut its cache back or added to it
+        if (
+            cache.length != self.end
+        ):  # the first step, or a chat has cut its cache back or added to it
             self.visible.zero_()
             self.visible[..., : cache.length] = True
             if attention_mask is not None:
-                self.visible[..., : cache.length] = attention_mask[:, None, None, : cache.length].bool()
+                self.visible[..., : cache.length] = attention_mask[
+                    :, None, None, : cache.length
+                ].bool()
         self.ids.copy_(ids)
         self.position.copy_(cache.next_position[:, 0])
         self.place.fill_(cache.length)
@@ -99,7 +119,10 @@ def use(model: Qwen2VL) -> None:
     if model.model.windows != {None} or config.rope_type in ("dynamic", "longrope"):
         raise ValueError(f"no CUDA graph for a sliding window or rope of type {config.rope_type}")
     if (device := model.model.norm.weight.device).type != "cuda":
-        warnings.warn(f"CUDA graph: the model is on {device}, its steps are computed without one", stacklevel=2)
+        warnings.warn(
+            f"CUDA graph: the model is on {device}, its steps are computed without one",
+            stacklevel=2,
+        )
     model.forward = partial(forward, model, [])
 
 
@@ -109,8 +132,14 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """`Qwen2VL.forward`. steps: the one of the last cache, so that a new cache lets go of the old one."""
     new_only = input_ids.shape[1] == 1 and position_ids is None
-    fits = cache is not None and cache.length < cache.max_length  # a full cache is named by the plain way
-    if not (new_only and fits) or more.get("pixel_values") is not None or more.get("pixel_values_videos") is not None:
+    fits = (
+        cache is not None and cache.length < cache.max_length
+    )  # a full cache is named by the plain way
+    if (
+        not (new_only and fits)
+        or more.get("pixel_values") is not None
+        or more.get("pixel_values_videos") is not None
+    ):
         return Qwen2VL.forward(model, input_ids, attention_mask, position_ids, cache, **more)
     if not steps or steps[0].cache is not cache:
         steps[:] = [Step(model, cache)]

@@ -39,7 +39,9 @@ from tokenizer import read_json
 Sizes = dict[str, tuple[int, str]]  # of what: bytes, and a remark
 
 
-def run(arguments: argparse.Namespace, folder: Path, processor: Processor, batch: Batch | None) -> None:
+def run(
+    arguments: argparse.Namespace, folder: Path, processor: Processor, batch: Batch | None
+) -> None:
     """Prints to stdout what a run with these options takes; `batch` is the conversation to be answered.
 
     It is None with --chat, where the first message is counted, and with --batch, where every conversation of the file
@@ -55,7 +57,11 @@ def run(arguments: argparse.Namespace, folder: Path, processor: Processor, batch
         return processor(messages, add_vision_id=arguments.add_vision_id)
 
     def say(batch: Batch) -> None:
-        print(*media_lines(batch, processor), *prompt_lines(batch, config, arguments.max_new_tokens), sep="\n")
+        print(
+            *media_lines(batch, processor),
+            *prompt_lines(batch, config, arguments.max_new_tokens),
+            sep="\n",
+        )
 
     def need(batch: Batch) -> Sizes:
         return memory(config, batch, arguments.max_new_tokens, dtype, way, device)
@@ -90,7 +96,9 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json names; where it names none, that of the first tensor of the weight files."""
     top = read_json(folder, "config.json")
     parts = (top, top.get("text_config") or {})
-    name = next((part[key] for part in parts for key in ("torch_dtype", "dtype") if part.get(key)), None)
+    name = next(
+        (part[key] for part in parts for key in ("torch_dtype", "dtype") if part.get(key)), None
+    )
     if isinstance(found := getattr(torch, str(name), None), torch.dtype):
         return found
     shard = open_shard(weight_files(folder)[0])
@@ -100,11 +108,27 @@ def checkpoint_dtype(folder: Path) -> torch.dtype:
 def media_lines(batch: Batch, processor: Processor) -> list[str]:
     """A table of the pictures and clips, with a heading if there are any."""
     config = processor.image_config
-    table = [("pixels", "frames", "resized", "grid (t×h×w)", "patches", "tokens", "")] if batch.media else []
+    table = (
+        [("pixels", "frames", "resized", "grid (t×h×w)", "patches", "tokens", "")]
+        if batch.media
+        else []
+    )
     for media in batch.media:
         (gt, gh, gw), side, patches = media.grid, config.patch_size, math.prod(media.grid)
-        row = f"{media.size[0]}×{media.size[1]}", len(media.timestamps or [0]), f"{gw * side}×{gh * side}"
-        table.append((*row, f"{gt}×{gh}×{gw}", f"{patches:,}", f"{patches // config.merge_size**2:,}", media.name))
+        row = (
+            f"{media.size[0]}×{media.size[1]}",
+            len(media.timestamps or [0]),
+            f"{gw * side}×{gh * side}",
+        )
+        table.append(
+            (
+                *row,
+                f"{gt}×{gh}×{gw}",
+                f"{patches:,}",
+                f"{patches // config.merge_size**2:,}",
+                media.name,
+            )
+        )
     return ["{:>11}{:>8}{:>11}{:>14}{:>10}{:>8}  {}".format(*row).rstrip() for row in table]
 
 
@@ -112,7 +136,10 @@ def prompt_lines(batch: Batch, config: Config, max_new_tokens: int) -> list[str]
     """The tokens of one conversation's prompt by kind, and the positions that prompt and answer reach."""
     ids = torch.as_tensor(batch.input_ids)
     image, video = (int((ids == id).sum()) for id in (config.image_token_id, config.video_token_id))
-    grids = [None if grid is None else torch.as_tensor(grid) for grid in (batch.image_grid_thw, batch.video_grid_thw)]
+    grids = [
+        None if grid is None else torch.as_tensor(grid)
+        for grid in (batch.image_grid_thw, batch.video_grid_thw)
+    ]
     last = int(get_rope_index(config, ids, *grids)[0].max())
     reached, limit = last + max_new_tokens, config.max_position_embeddings
     beyond = f" (the model is made for {limit:,})" if reached >= limit else ""
@@ -128,28 +155,48 @@ def weights(config: Config, dtype: torch.dtype, quantize: str | None = None) -> 
         model = Qwen2VL(config).to(dtype)
     count = sum(p.numel() for p in model.parameters())  # a tied head once
     linear.swap(model, quantize)
-    name = str(dtype).removeprefix("torch.") + (f", the decoder's in {quantize}" if quantize else "")
+    name = str(dtype).removeprefix("torch.") + (
+        f", the decoder's in {quantize}" if quantize else ""
+    )
     return sum(p.nbytes for p in model.parameters()), f"{count / 1e6:,.1f} M parameters in {name}"
 
 
 def memory(
-    config: Config, batch: Batch, max_new_tokens: int, dtype: torch.dtype, way: str, device: torch.device
+    config: Config,
+    batch: Batch,
+    max_new_tokens: int,
+    dtype: torch.dtype,
+    way: str,
+    device: torch.device,
 ) -> Sizes:
     """What a run holds beside the weights when it holds most."""
     rows, length = batch.input_ids.shape
-    cache = KVCache(config, rows, length + max_new_tokens, torch.device("meta"), dtype)  # as in `generate.stream`
-    sizes = {"cache": (cache.keys.nbytes + cache.values.nbytes, f"{rows} × {length + max_new_tokens:,} tokens")}
+    cache = KVCache(
+        config, rows, length + max_new_tokens, torch.device("meta"), dtype
+    )  # as in `generate.stream`
+    sizes = {
+        "cache": (
+            cache.keys.nbytes + cache.values.nbytes,
+            f"{rows} × {length + max_new_tokens:,} tokens",
+        )
+    }
     prefill = prefill_peak(config, rows, length, not batch.attention_mask.all(), dtype, way)
     if not batch.media:
         return sizes | {"activations": (prefill, f"of the prefill, {way} attention; an estimate")}
-    given = [(batch.pixel_values, batch.image_grid_thw), (batch.pixel_values_videos, batch.video_grid_thw)]
+    given = [
+        (batch.pixel_values, batch.image_grid_thw),
+        (batch.pixel_values_videos, batch.video_grid_thw),
+    ]
     given = [(pixels, grid) for pixels, grid in given if grid is not None]
     pixels = sum(pixels.nbytes for pixels, _ in given)
     copies = (2, "as read and as joined") if device.type == "cpu" else (1, "on the GPU")
     embedded = rows * length * config.hidden_size * dtype.itemsize
     vision = embedded + max(vision_peak(config, grid, dtype, way) for _, grid in given)
     peaks = f"vision tower {vision / 1e6:,.1f}, prefill {prefill / 1e6:,.1f}, {way} attention; an estimate"
-    return sizes | {"pixels": (copies[0] * pixels, copies[1]), "activations": (max(vision, prefill), peaks)}
+    return sizes | {
+        "pixels": (copies[0] * pixels, copies[1]),
+        "activations": (max(vision, prefill), peaks),
+    }
 
 
 def total(sizes: Sizes) -> int:
@@ -181,7 +228,9 @@ def vision_peak(config: Config, grid_thw: np.ndarray, dtype: torch.dtype, way: s
     return max(max(mlp, turning, attention) + w * 2 * N * E // H, embedding)
 
 
-def prefill_peak(config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str) -> int:
+def prefill_peak(
+    config: Config, rows: int, length: int, padded: bool, dtype: torch.dtype, way: str
+) -> int:
     """Bytes alive at once in the decoder while it reads the prompt, beside its weights, its cache and the pixels."""
     b, w, C, D = dtype.itemsize, max(dtype.itemsize, 4), config.hidden_size, config.head_dim
     tokens, mask = rows * length, rows * length**2 * padded
@@ -189,6 +238,9 @@ def prefill_peak(config: Config, rows: int, length: int, padded: bool, dtype: to
     turning = b * tokens * (7 * C + 2 * config.num_key_value_heads * D)
     attention = b * (tokens * 5 * C + mask)
     if way == "plain":
-        attention = b * tokens * 7 * C + score_bytes(dtype, way) * rows * config.num_attention_heads * length**2
+        attention = (
+            b * tokens * 7 * C
+            + score_bytes(dtype, way) * rows * config.num_attention_heads * length**2
+        )
     logits = b * tokens * 2 * C + (b + w) * rows * config.vocab_size
     return max(mlp, turning, attention, logits) + b * tokens * 2 * D + mask

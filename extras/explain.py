@@ -49,7 +49,9 @@ def runs(batch: Batch, config: Config) -> list[Run]:
     Raises ValueError for several conversations, and where batch.media does not fit the placeholders.
     """
     if len(batch.input_ids) != 1:
-        raise ValueError(f"a trace or a page shows one conversation, the batch has {len(batch.input_ids)}")
+        raise ValueError(
+            f"a trace or a page shows one conversation, the batch has {len(batch.input_ids)}"
+        )
     names = {config.image_token_id: "picture", config.video_token_id: "clip"}
     ids, found, media = batch.input_ids[0].tolist(), [], iter(batch.media)
     count = dict.fromkeys(names, 0)
@@ -68,7 +70,9 @@ def runs(batch: Batch, config: Config) -> list[Run]:
             found.append(Run("text", start, end))
         start = end
     if left := len(list(media)):
-        raise ValueError(f"batch.media has {left} pictures or clips more than the prompt has places for")
+        raise ValueError(
+            f"batch.media has {left} pictures or clips more than the prompt has places for"
+        )
     return found
 
 
@@ -76,7 +80,9 @@ def prompt_text(processor: Processor, batch: Batch, parts: Iterable[Run]) -> str
     """The prompt as the model gets it, each picture's placeholders as one ⟨picture 1: 30 tokens⟩."""
     ids, decode = batch.input_ids[0].tolist(), processor.tokenizer.decode
     return "".join(
-        f"⟨{run.name}: {run.end - run.start} tokens⟩" if run.media else decode(ids[run.start : run.end], False)
+        f"⟨{run.name}: {run.end - run.start} tokens⟩"
+        if run.media
+        else decode(ids[run.start : run.end], False)
         for run in parts
     )
 
@@ -101,7 +107,9 @@ class Pass:
     queries: int  # N patches or S tokens
     looks: int  # pairs of a query and a key, in each head of each layer
     steps: dict[str, list[Step]] = field(default_factory=dict)
-    turns: dict[str, tuple[list[int], torch.dtype]] = field(default_factory=dict)  # cosines, and sines, of the rope
+    turns: dict[str, tuple[list[int], torch.dtype]] = field(
+        default_factory=dict
+    )  # cosines, and sines, of the rope
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -119,7 +127,9 @@ class Trace:
         self.model = model
         self.vision: list[Pass] = []
         self.decoder: list[Pass] = []
-        self.guesses: list[tuple[list[float], list[int]]] = []  # the most probable tokens after each pass
+        self.guesses: list[
+            tuple[list[float], list[int]]
+        ] = []  # the most probable tokens after each pass
         self.cache = None
 
     def stages(self) -> dict[str, list[nn.Module]]:
@@ -155,7 +165,11 @@ class Trace:
             model.register_forward_hook(self._pass_ends),
         ]
         for stage, modules in self.stages().items():
-            passes, first, last = self.vision if stage in VISION else self.decoder, modules[0], modules[-1]
+            passes, first, last = (
+                self.vision if stage in VISION else self.decoder,
+                modules[0],
+                modules[-1],
+            )
             self.hooks.append(first.register_forward_pre_hook(self._clock(passes, stage, -1)))
             if stage in ("blocks", "layers"):
                 self.hooks.append(first.register_forward_pre_hook(self._turn(passes, stage)))
@@ -163,7 +177,9 @@ class Trace:
             for name, module in leaves:
                 own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
                 if own or stage == "patch_embed":
-                    self.hooks.append(module.register_forward_hook(self._watch(passes, stage, name or stage)))
+                    self.hooks.append(
+                        module.register_forward_hook(self._watch(passes, stage, name or stage))
+                    )
             self.hooks.append(last.register_forward_hook(self._clock(passes, stage, 1)))
         return self
 
@@ -178,7 +194,9 @@ class Trace:
     def _pass_begins(self, module: nn.Module, inputs: tuple, named: dict) -> None:
         rows, new = (inputs[0] if inputs else named["input_ids"]).shape
         self.cache = named.get("cache")
-        self.decoder.append(Pass(new, rows * new * (new + (self.cache.length if self.cache else 0))))
+        self.decoder.append(
+            Pass(new, rows * new * (new + (self.cache.length if self.cache else 0)))
+        )
 
     def _pass_ends(self, module: nn.Module, inputs: tuple, logits: Tensor) -> None:
         best = logits[0, -1].float().softmax(-1).topk(2)
@@ -203,21 +221,41 @@ class Trace:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             one, x = passes[-1], inputs[0]
             steps = one.steps.setdefault(stage, [])
-            if name in ("attn.proj", "self_attn.o_proj"):  # what they project is what attention gave
+            if name in (
+                "attn.proj",
+                "self_attn.o_proj",
+            ):  # what they project is what attention gave
                 config = self.model.config
-                heads = config.vision_config.num_heads if stage == "blocks" else config.num_attention_heads
-                shape = [x.shape[0] if x.dim() == 3 else 1, heads, x.shape[-2], x.shape[-1] // heads]  # [B, H, S, D]
-                steps.append(Step("attention", shape, shape, x.dtype, 0, 4 * x.shape[-1] * one.looks))
-            matrix = stage == "patch_embed" or (module.weight.dim() > 1 and not isinstance(module, nn.Embedding))
+                heads = (
+                    config.vision_config.num_heads
+                    if stage == "blocks"
+                    else config.num_attention_heads
+                )
+                shape = [
+                    x.shape[0] if x.dim() == 3 else 1,
+                    heads,
+                    x.shape[-2],
+                    x.shape[-1] // heads,
+                ]  # [B, H, S, D]
+                steps.append(
+                    Step("attention", shape, shape, x.dtype, 0, 4 * x.shape[-1] * one.looks)
+                )
+            matrix = stage == "patch_embed" or (
+                module.weight.dim() > 1 and not isinstance(module, nn.Embedding)
+            )
             operations = 2 * output.numel() * x.shape[-1] if matrix else 0
             parameters = 0 if tied else sum(p.numel() for p in module.parameters())
             short = name if stage == "merger" else name.split(".")[-1]
-            steps.append(Step(short, list(x.shape), list(output.shape), output.dtype, parameters, operations))
+            steps.append(
+                Step(short, list(x.shape), list(output.shape), output.dtype, parameters, operations)
+            )
 
         return hook
 
     # ------------------------------------------------------------------------------------------------ the page
-    def page(self, processor: Processor, batch: Batch, ids: list[int], prepared: float | None = None) -> str:
+    def page(
+        self, processor: Processor, batch: Batch, ids: list[int], prepared: float | None = None
+    ) -> str:
         """What was seen, as text of at most 110 columns. ids: the answer, as many tokens as passes were watched.
 
         prepared: the seconds it took to read and cut the pictures and write the prompt, where the caller knows.
@@ -227,21 +265,33 @@ class Trace:
                 f"the trace saw {len(self.decoder)} passes of the model, the answer has {len(ids)} tokens"
             )
         parts = runs(batch, self.model.config)
-        sections = [self._head(), self._pictures(processor, parts, prepared), self._patches(processor, batch)]
-        sections += [self._vision(), self._prompt(processor, batch, parts), self._positions(batch, parts)]
+        sections = [
+            self._head(),
+            self._pictures(processor, parts, prepared),
+            self._patches(processor, batch),
+        ]
+        sections += [
+            self._vision(),
+            self._prompt(processor, batch, parts),
+            self._positions(batch, parts),
+        ]
         sections += [self._prefill(), self._decode(), self._answer(processor, ids)]
         return "\n\n".join("\n".join(lines) for lines in sections if lines) + "\n"
 
     def _head(self) -> list[str]:
         weight, matrix = self.model.model.norm.weight, self.model.lm_head.weight
-        quantised = f", the decoder's matrices as {plain(matrix.dtype)} with scales" * (matrix.dtype != weight.dtype)
+        quantised = f", the decoder's matrices as {plain(matrix.dtype)} with scales" * (
+            matrix.dtype != weight.dtype
+        )
         return [
             f"THE MODEL   {sum(p.numel() for p in self.model.parameters()):,} parameters in {plain(weight.dtype)} on "
             f"{weight.device}, {self.model.model.attention} attention{quantised}",
             "  Operations: the multiplications and additions of matrix products and attention; masked looks count.",
         ]
 
-    def _pictures(self, processor: Processor, parts: list[Run], prepared: float | None) -> list[str]:
+    def _pictures(
+        self, processor: Processor, parts: list[Run], prepared: float | None
+    ) -> list[str]:
         config, shown = processor.image_config, [run for run in parts if run.media]
         if not shown:
             return ["PICTURE   none: words alone"]
@@ -251,7 +301,11 @@ class Trace:
         for run in shown:
             (t, h, w), (width, height), p = run.media.grid, run.media.size, config.patch_size
             name, seconds = run.media.name, run.media.timestamps
-            times = "" if seconds is None else f", {len(seconds)} frames, {seconds[0]:.2f}…{seconds[-1]:.2f} s"
+            times = (
+                ""
+                if seconds is None
+                else f", {len(seconds)} frames, {seconds[0]:.2f}…{seconds[-1]:.2f} s"
+            )
             name = name if len(name + times) <= 40 else "…" + name[len(times) - 39 :]
             rows.append(
                 f"  {run.name:11}{f'{width}×{height}':>11}{f'{w * p}×{h * p}':>12}{f'{t}×{h}×{w}':>13}{t * h * w:>9,}"
@@ -266,7 +320,9 @@ class Trace:
         for name in ("pixel_values", "pixel_values_videos"):
             if (x := getattr(batch, name)) is not None:
                 span = f"from {x.min():.2f} to {x.max():.2f}"
-                lines.append(f"  {name:20} {x.dtype} {list(x.shape)}, {span}: (value / 255 - mean) / std")
+                lines.append(
+                    f"  {name:20} {x.dtype} {list(x.shape)}, {span}: (value / 255 - mean) / std"
+                )
                 columns = x.shape[1]
         if len(lines) == 1:
             return []
@@ -283,7 +339,12 @@ class Trace:
 
     def _stage(self, one: Pass, stage: str) -> list[str]:
         """The table's lines for one stage: a sum where it has several steps, and the steps of its first module."""
-        steps = [list(same) for _, same in groupby(one.steps[stage], key=lambda s: (s.before, s.after, s.parameters))]
+        steps = [
+            list(same)
+            for _, same in groupby(
+                one.steps[stage], key=lambda s: (s.before, s.after, s.parameters)
+            )
+        ]
         config, number, lines = self.model.config, len(self.stages()[stage]), []
         whole = {"operations": self.operations(one, stage), "seconds": one.seconds[stage]}
         if len(steps) == 1:
@@ -294,7 +355,9 @@ class Trace:
             step, names = same[0], ", ".join(s.name for s in same)
             parameters = count(sum(s.parameters for s in same)) if step.parameters else "·"
             operations = sum(s.operations for s in same)
-            lines.append(row(f"  {names}", step.before, step.after, step.dtype, parameters, operations))
+            lines.append(
+                row(f"  {names}", step.before, step.after, step.dtype, parameters, operations)
+            )
         title = stage
         if stage == "blocks":
             heads = f"{config.vision_config.num_heads} heads"
@@ -346,16 +409,28 @@ class Trace:
         arrays = (batch.input_ids, batch.image_grid_thw, batch.video_grid_thw)
         arrays = [None if x is None else torch.tensor(x) for x in arrays]
         positions, delta = get_rope_index(self.model.config, *arrays)
-        shape, positions, table = f"{plain(positions.dtype)} {list(positions.shape)}", positions[:, 0], []  # [3, S]
+        shape, positions, table = (
+            f"{plain(positions.dtype)} {list(positions.shape)}",
+            positions[:, 0],
+            [],
+        )  # [3, S]
         for run in parts:
-            low, high = positions[:, run.start : run.end].amin(1), positions[:, run.start : run.end].amax(1)
-            spans = [f"{a}…{b}" if a != b else f"{a}" for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+            low, high = (
+                positions[:, run.start : run.end].amin(1),
+                positions[:, run.start : run.end].amax(1),
+            )
+            spans = [
+                f"{a}…{b}" if a != b else f"{a}"
+                for a, b in zip(low.tolist(), high.tolist(), strict=True)
+            ]
             spans = "".join(f"{span:<14}" for span in spans).rstrip()
             table.append(f"  {f'{run.start}…{run.end - 1}':<16}{run.name:<16}{spans}")
         lines = [f"POSITIONS   M-RoPE: each token has three   position_ids {shape}",
                  f"  {'tokens':<16}{'':<16}{'time':<14}{'height':<14}width", *abridged(table, 8)]  # fmt: skip
         if picture := next((run for run in parts if run.media), None):
-            _, h, w = (n // self.model.config.vision_config.spatial_merge_size for n in picture.media.grid)
+            _, h, w = (
+                n // self.model.config.vision_config.spatial_merge_size for n in picture.media.grid
+            )
             picked = sorted({0, 1, w - 1, w, h * w - 1, h * w, picture.end - picture.start - 1})
             places = [picture.start + i for i in picked if picture.start + i < picture.end]
             some = [f"{i} ({','.join(str(n) for n in positions[:, i].tolist())})" for i in places]
@@ -371,9 +446,14 @@ class Trace:
             lines += self._stage(one, stage)
             if stage == "embed_tokens" and self.vision:
                 tokens = [tower.steps["merger"][-1].after for tower in self.vision]
-                lines.append(f"  the tower's {' and '.join(map(str, tokens))} take the places of the placeholders")
+                lines.append(
+                    f"  the tower's {' and '.join(map(str, tokens))} take the places of the placeholders"
+                )
         total = sum(self.operations(one, stage) for stage in DECODER)
-        return [*lines, row("in all", operations=total, seconds=sum(one.seconds[stage] for stage in DECODER))]
+        return [
+            *lines,
+            row("in all", operations=total, seconds=sum(one.seconds[stage] for stage in DECODER)),
+        ]
 
     def _decode(self) -> list[str]:
         steps, cache = self.decoder[1:], self.cache
@@ -397,9 +477,14 @@ class Trace:
             lines.append(
                 f"  cache: {size:,} bytes = {places:,} tokens ({cache.length:,} filled) of {size // places:,} = {one}"
             )
-        read = [module for stage in ("layers", "norm", "lm_head") for module in self.stages()[stage]]
+        read = [
+            module for stage in ("layers", "norm", "lm_head") for module in self.stages()[stage]
+        ]
         weights = sum(p.nbytes for module in read for p in module.parameters())
-        return [*lines, f"  each step reads the decoder's weights once: {weights:,} bytes for one token"]
+        return [
+            *lines,
+            f"  each step reads the decoder's weights once: {weights:,} bytes for one token",
+        ]
 
     def _answer(self, processor: Processor, ids: list[int]) -> list[str]:
         def word(id: int) -> str:
@@ -456,5 +541,9 @@ def abridged(lines: list[str], most: int, indent: str = "") -> list[str]:
     """At most `most` lines: where there are more, the middle is left out and counted."""
     if len(lines) > most:
         head = most // 2
-        lines = [*lines[:head], f"  … {len(lines) - most + 1:,} more …", *lines[len(lines) - most + 1 + head :]]
+        lines = [
+            *lines[:head],
+            f"  … {len(lines) - most + 1:,} more …",
+            *lines[len(lines) - most + 1 + head :],
+        ]
     return [indent + line for line in lines]

@@ -22,14 +22,22 @@ def pack_slices(slices: list[int], device: torch.device) -> dict:
 
 
 def pack_rows(
-    x: Tensor, cached: int, attention_mask: Tensor | None, window: int | None = None, dropout: float = 0.0
+    x: Tensor,
+    cached: int,
+    attention_mask: Tensor | None,
+    window: int | None = None,
+    dropout: float = 0.0,
 ) -> dict:
     """The rows of x [B, S, C], whose tokens see themselves and those before them, at most `window`, but no padding.
 
     attention_mask [B, K] covers the `cached` tokens and the new ones; None: nothing is padded.
     """
     # "causal" aligns the last query with the last key; a window of -1 tokens before each one means all of them.
-    packed = {"causal": True, "window_size": (-1 if window is None else window - 1, 0), "dropout_p": dropout}
+    packed = {
+        "causal": True,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "dropout_p": dropout,
+    }
     ones = torch.ones(len(x), cached + x.shape[1], device=x.device, dtype=torch.int)
     real = ones if attention_mask is None else attention_mask
     for name, part in (("q", real[:, cached:]), ("k", real)):
@@ -37,12 +45,19 @@ def pack_rows(
         packed[f"cu_seqlens_{name}"] = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         packed[f"max_seqlen_{name}"] = int(lengths.max())
         if attention_mask is not None:
-            packed[f"real_{name}"] = part.flatten().nonzero()[:, 0]  # where in a row of [B·S] no padding is
+            packed[f"real_{name}"] = part.flatten().nonzero()[
+                :, 0
+            ]  # where in a row of [B·S] no padding is
     return packed
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, real_q: Tensor | None = None, real_k: Tensor | None = None, **packed
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    real_q: Tensor | None = None,
+    real_k: Tensor | None = None,
+    **packed,
 ) -> Tensor:
     """softmax(q kᵀ / √D) v: q [B, H, S, D]; k, v [B, G, K, D] → [B, H, S, D]. Padding gives zeros."""
     from flash_attn import flash_attn_varlen_func

@@ -17,7 +17,7 @@ def snapshot(name: str, weights: bool = True) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         reason = (
-            "the hub cannot be reached (or HF_HUB_OFFLINE is set) and HF_HOME has no earlier download of that name"
+            "the hub cannot be reached (or HF_HUB_OFFLINE is set) and HF_HOME has no download of it"
         )
         raise FileNotFoundError(f"no folder {name}, and {reason}") from error
     except (HfHubHTTPError, HFValidationError) as error:

@@ -28,7 +28,10 @@ def has_half_products(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     # oneDNN supports bfloat16 on every processor with AVX-512, but without the instructions for it at a third.
-    emulated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not torch.cpu._is_avx512_bf16_supported()
+    emulated = (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and not torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
@@ -59,7 +62,9 @@ class CPULinear(nn.Linear):
         return (F.linear if torch.is_grad_enabled() else product)(x, self.weight, self.bias)
 
 
-def in_parts(quantise: Callable[[Tensor], tuple[Tensor, ...]], weight: Tensor) -> list[nn.Parameter]:
+def in_parts(
+    quantise: Callable[[Tensor], tuple[Tensor, ...]], weight: Tensor
+) -> list[nn.Parameter]:
     """What `quantise` makes of the rows of weight [out, in] in float32, as many at a time as a cache holds."""
     parts = zip(*(quantise(rows.float()) for rows in weight.detach().split(256)), strict=True)
     return [nn.Parameter(torch.cat(tensors), requires_grad=False) for tensors in parts]
@@ -74,20 +79,28 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        self.weight, self.scale = in_parts(self.quantise, linear.weight)  # int8 [out, in], bfloat16 [out]
+        self.weight, self.scale = in_parts(
+            self.quantise, linear.weight
+        )  # int8 [out, in], bfloat16 [out]
         self.bias = linear.bias
 
     @staticmethod
     def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
         scale = (rows.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()  # a row of zeros stays one
-        numbers = (rows / scale[:, None].float()).round().clamp(-127, 127)  # the rounded scale may be a little small
+        numbers = (
+            (rows / scale[:, None].float()).round().clamp(-127, 127)
+        )  # the rounded scale may be a little small
         return numbers.to(torch.int8), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
         if x.device.type == "cpu" and x.numel() < MANY * x.shape[-1]:
             rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype).view(*x.shape[:-1], -1)
+            y = (
+                torch._weight_int8pack_mm(rows, self.weight, self.scale)
+                .to(x.dtype)
+                .view(*x.shape[:-1], -1)
+            )
         else:
             multiply = product if x.device.type == "cpu" else F.linear
             y = multiply(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
@@ -108,18 +121,30 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.out_features, inputs = linear.weight.shape
         if inputs % self.GROUP:
-            raise ValueError(f"int4 needs layers of whole groups of {self.GROUP} inputs, found one of {inputs}")
-        self.weight, scale = in_parts(self.quantise, linear.weight)  # the kernel's own order, [out, in / 2] bytes
-        self.scale = nn.Parameter(scale.transpose(0, 1).contiguous(), requires_grad=False)  # [in / GROUP, out, 2]
+            raise ValueError(
+                f"int4 needs layers of whole groups of {self.GROUP} inputs, found one of {inputs}"
+            )
+        self.weight, scale = in_parts(
+            self.quantise, linear.weight
+        )  # the kernel's own order, [out, in / 2] bytes
+        self.scale = nn.Parameter(
+            scale.transpose(0, 1).contiguous(), requires_grad=False
+        )  # [in / GROUP, out, 2]
         self.bias = linear.bias
 
     @classmethod
     def quantise(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        groups = F.pad(rows, (0, 0, 0, -len(rows) % 16)).unflatten(1, (-1, cls.GROUP))  # the kernel takes sixteens
+        groups = F.pad(rows, (0, 0, 0, -len(rows) % 16)).unflatten(
+            1, (-1, cls.GROUP)
+        )  # the kernel takes sixteens
         low, high = groups.amin(2), groups.amax(2)  # [out, in / GROUP]
         scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
         offset = (low + 8 * scale.float()).bfloat16()
-        numbers = ((groups - offset[..., None].float()) / scale[..., None].float() + 8).round().clamp(0, 15)
+        numbers = (
+            ((groups - offset[..., None].float()) / scale[..., None].float() + 8)
+            .round()
+            .clamp(0, 15)
+        )
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.flatten(1).int(), 1)
         return packed, torch.stack((scale, offset), dim=2)
 
@@ -142,7 +167,9 @@ def swap(model: nn.Module, quantize: str | None) -> None:
         raise ValueError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
     device = next(model.parameters()).device.type
     if quantize == "int4" and device not in ("cpu", "meta"):
-        raise ValueError(f"int4 weights are for the CPU, this model is on {device}; int8 works there, too")
+        raise ValueError(
+            f"int4 weights are for the CPU, this model is on {device}; int8 works there, too"
+        )
     for name, module in list(model.named_modules()):
         if type(module) is not nn.Linear:
             continue

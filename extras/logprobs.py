@@ -31,7 +31,9 @@ class Step(NamedTuple):
     token: int
     logprob: float
     rank: int  # 1: no token was more probable
-    runners_up: list[tuple[int, float]]  # the most probable others, (id, log-probability), in descending order
+    runners_up: list[
+        tuple[int, float]
+    ]  # the most probable others, (id, log-probability), in descending order
 
 
 class Watch:
@@ -58,7 +60,9 @@ class Watch:
 
     def _keep(self, _module: nn.Module, _inputs: tuple, logits: Tensor) -> None:
         if len(logits) != 1:
-            raise ValueError(f"log-probabilities are kept for one conversation, but the batch has {len(logits)}")
+            raise ValueError(
+                f"log-probabilities are kept for one conversation, but the batch has {len(logits)}"
+            )
         self._logits = logits.detach()[0, -1]
 
     def chosen(self, token: int) -> None:
@@ -67,7 +71,11 @@ class Watch:
             raise RuntimeError("the model has not been run inside `with` since the last token")
         logprobs, self._logits = at_least_float32(self._logits).log_softmax(-1), None
         best = logprobs.topk(min(self._runners_up + 1, len(logprobs)))
-        others = [pair for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True) if pair[0] != token]
+        others = [
+            pair
+            for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            if pair[0] != token
+        ]
         rank = 1 + int((logprobs > logprobs[token]).sum())
         self.steps.append(Step(token, logprobs[token].item(), rank, others[: self._runners_up]))
 
@@ -87,16 +95,25 @@ class Watch:
         widths = [max(columns(row[i]) for row in rows) for i in range(4)]
         # What is left is for the runners-up: each one two spaces, its text and seven columns for its number.
         room = max(6, (WIDTH - len(join(rows[0], widths))) // max(1, self._runners_up) - 9)
-        lines = [join(rows[0], widths) + ("  the most probable others, in %" if self._runners_up else "")]
+        lines = [
+            join(rows[0], widths) + ("  the most probable others, in %" if self._runners_up else "")
+        ]
         for row, step in zip(rows[1:], self.steps, strict=True):
             line = join(row, widths)
             for id, logprob in step.runners_up:
-                line += "  " + fill(shorten(token_text(tokenizer, id), room), room) + f"{percent(logprob):>7}"
+                line += (
+                    "  "
+                    + fill(shorten(token_text(tokenizer, id), room), room)
+                    + f"{percent(logprob):>7}"
+                )
             lines.append(line.rstrip())
         total = sum(step.logprob for step in self.steps)
         perplexity = math.exp(-total / len(self.steps))
         count = f"{len(self.steps)} token{'s' if len(self.steps) > 1 else ''}"
-        return [*lines, f"{count}, sum of log-probabilities {total:.4f}, perplexity {perplexity:.4f}"]
+        return [
+            *lines,
+            f"{count}, sum of log-probabilities {total:.4f}, perplexity {perplexity:.4f}",
+        ]
 
 
 def token_text(tokenizer: Tokenizer, id: int) -> str:
@@ -113,7 +130,9 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
     data = bytes(BYTE_OF[character] for character in token) if spelt else token.encode()
     text = data.decode(errors="surrogateescape")  # a byte that does not fit becomes U+DC00 + byte
     runs = re.findall("[\udc80-\udcff]|[^\udc80-\udcff]+", text)
-    return "".join(f"<0x{ord(run) - 0xDC00:02X}>" if "\udc80" <= run <= "\udcff" else repr(run) for run in runs)
+    return "".join(
+        f"<0x{ord(run) - 0xDC00:02X}>" if "\udc80" <= run <= "\udcff" else repr(run) for run in runs
+    )
 
 
 def percent(logprob: float) -> str:
@@ -124,7 +143,11 @@ def percent(logprob: float) -> str:
 def columns(text: str) -> int:
     """The width of a text in columns of a terminal: two for a Chinese character, none for a combining one."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.category(character) in ("Mn", "Me") for character in text)
+    return (
+        len(text)
+        + wide
+        - sum(unicodedata.category(character) in ("Mn", "Me") for character in text)
+    )
 
 
 def shorten(text: str, width: int) -> str:

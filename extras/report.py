@@ -46,7 +46,9 @@ def look(model: Qwen2VL, batch: Batch, ids: list[int], columns: list[int]) -> tu
     """
     device, length = model.model.norm.weight.device, batch.input_ids.shape[1]
     arrays = batch.arrays().items()
-    inputs = {name: torch.as_tensor(x, device=device) for name, x in arrays if name != "attention_mask"}
+    inputs = {
+        name: torch.as_tensor(x, device=device) for name, x in arrays if name != "attention_mask"
+    }
     answer = torch.tensor([ids[:-1]], dtype=torch.long, device=device)
     inputs["input_ids"] = torch.cat((inputs["input_ids"], answer), dim=1)  # [1, S + A - 1]
     rows = torch.arange(length - 1, length - 1 + len(ids), device=device)
@@ -58,7 +60,9 @@ def look(model: Qwen2VL, batch: Batch, ids: list[int], columns: list[int]) -> tu
         q = attention.q_proj(x[:, rows]).unflatten(-1, heads).transpose(1, 2)  # [1, H, A, D]
         k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # [1, G, S + A - 1, D]
         q, k = rotate(q, cos[:, :, rows], sin[:, :, rows]), rotate(k, cos, sin)
-        scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * attention.head_dim**-0.5
+        scores = (
+            q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * attention.head_dim**-0.5
+        )
         query, key = rows[:, None], torch.arange(x.shape[1], device=device)
         window = model.config.window(attention.layer)
         hidden = (key > query) | (query - key >= (window or len(key)))
@@ -79,7 +83,8 @@ def fit(weights: Tensor) -> Tensor:
     for axis, name in ((1, "heads"), (0, "layers")):
         if weights.numel() > MOST:
             warnings.warn(
-                f"the page holds the mean of all {name}, as their attention would be too large", stacklevel=3
+                f"the page holds the mean of all {name}, as their attention would be too large",
+                stacklevel=3,
             )
             weights = weights.mean(axis, keepdim=True)
     return weights
@@ -92,13 +97,17 @@ def pack(weights: Tensor) -> str:
         return ""
     largest = weights.amax(-1)  # [L, H, A]
     shares = (weights / largest[..., None].clamp(min=1e-30) * 255).round().to(torch.uint8)
-    return base64.b64encode(zlib.compress(largest.numpy().tobytes() + shares.numpy().tobytes(), 9)).decode()
+    return base64.b64encode(
+        zlib.compress(largest.numpy().tobytes() + shares.numpy().tobytes(), 9)
+    ).decode()
 
 
 def unpatchify(patches: np.ndarray, grid: Grid, config: ImageConfig) -> np.ndarray:
     """What `patchify` and `normalise` made, float32 [N, 3*tp*p*p] → the frames uint8 [gt*tp, H, W, 3] again."""
     (gt, gh, gw), tp, p, m = grid, config.temporal_patch_size, config.patch_size, config.merge_size
-    x = patches.reshape(gt, gh // m, gw // m, m, m, 3, tp, p, p).transpose(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    x = patches.reshape(gt, gh // m, gw // m, m, m, 3, tp, p, p).transpose(
+        0, 6, 1, 3, 7, 2, 4, 8, 5
+    )
     x = x.reshape(gt * tp, gh * p, gw * p, 3)
     if config.do_normalize:
         x = x * np.float32(config.image_std) + np.float32(config.image_mean)
@@ -127,18 +136,26 @@ def payload(model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]) 
     weights, logits = look(model, batch, ids, columns)
 
     arrays = (np.array([prompt + ids]), batch.image_grid_thw, batch.video_grid_thw)
-    positions = get_rope_index(config, *(None if x is None else torch.as_tensor(x) for x in arrays))[0][
-        :, 0
-    ]  # [3, S + A]
+    positions = get_rope_index(
+        config, *(None if x is None else torch.as_tensor(x) for x in arrays)
+    )[0][:, 0]  # [3, S + A]
 
     def place(what: str, start: int, end: int) -> dict:
         """A row of the position table: tokens start … end - 1 and their first and last positions."""
-        return {"what": what, "first": start, "count": end - start, "at": positions[:, [start, end - 1]].tolist()}
+        return {
+            "what": what,
+            "first": start,
+            "count": end - start,
+            "at": positions[:, [start, end - 1]].tolist(),
+        }
 
     pictures, table = [], []
     for run in parts:
         if run.media is None:
-            table += [place(tokenizer.decode([prompt[i]], False), i, i + 1) for i in range(run.start, run.end)]
+            table += [
+                place(tokenizer.decode([prompt[i]], False), i, i + 1)
+                for i in range(run.start, run.end)
+            ]
             continue
         (t, h, w), media = run.media.grid, run.media
         frames = unpatchify(media.patches, media.grid, image_config)
@@ -147,8 +164,13 @@ def payload(model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]) 
             name, token = run.name, run.start + n * rows * cols
             if media.timestamps is not None:
                 seconds = media.timestamps[n * tp : (n + 1) * tp]
-                name += f", {seconds[0]:.2f} s" + (f" to {seconds[-1]:.2f} s" if len(seconds) > 1 else "")
-            table += [place(f"{name}, row {y + 1}", token + y * cols, token + (y + 1) * cols) for y in range(rows)]
+                name += f", {seconds[0]:.2f} s" + (
+                    f" to {seconds[-1]:.2f} s" if len(seconds) > 1 else ""
+                )
+            table += [
+                place(f"{name}, row {y + 1}", token + y * cols, token + (y + 1) * cols)
+                for y in range(rows)
+            ]
             pictures.append({
                 "name": name, "file": media.name, "size": media.size, "rows": rows, "cols": cols, "merge": merge,
                 "token": token, "first": columns.index(token), "src": data_address(frames[n * tp]),
@@ -159,7 +181,10 @@ def payload(model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]) 
     texts[-1] += decoder.finish()
     for n, (id, text, chances) in enumerate(zip(ids, texts, logits.softmax(-1), strict=True)):
         best = chances.topk(min(RUNNERS, len(chances)))
-        runners = [[tokenizer.decode([i], False), p] for p, i in zip(*map(Tensor.tolist, best), strict=True)]
+        runners = [
+            [tokenizer.decode([i], False), p]
+            for p, i in zip(*map(Tensor.tolist, best), strict=True)
+        ]
         words.append({"text": text, "id": id, "chance": chances[id].item(), "runners": runners})
         table.append(place(text, len(prompt) + n, len(prompt) + n + 1))
     means, weights = weights.shape[:2], fit(weights)
@@ -171,7 +196,9 @@ def payload(model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]) 
     }  # fmt: skip
 
 
-def write(path: str | Path, model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]) -> None:
+def write(
+    path: str | Path, model: Qwen2VL, processor: Processor, batch: Batch, ids: list[int]
+) -> None:
     """Write the page for one conversation and its answer, the token ids `ids`.
 
     Raises ValueError for a batch of several conversations and for an answer without tokens, OSError where the file
@@ -180,5 +207,9 @@ def write(path: str | Path, model: Qwen2VL, processor: Processor, batch: Batch, 
     if not ids:
         raise ValueError("a page needs an answer of at least one token, this one has none")
     # Inside a script element "</script>" would end it wherever it stood, a model's answer included.
-    data = json.dumps(payload(model, processor, batch, ids), ensure_ascii=False).replace("<", "\\u003c")
-    Path(path).write_text(TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data), encoding="utf-8")
+    data = json.dumps(payload(model, processor, batch, ids), ensure_ascii=False).replace(
+        "<", "\\u003c"
+    )
+    Path(path).write_text(
+        TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data), encoding="utf-8"
+    )

@@ -53,7 +53,11 @@ def dynamic(inverse: Tensor, length: Tensor, config: Config) -> Stretched:
     Source: "dynamic NTK" by the Reddit users bloc97 and emozilla, as told in YaRN, arXiv 2309.00071 §3.1 and
     appendix B; `_compute_dynamic_ntk_parameters`.
     """
-    factor, trained, width = config.rope_scaling["factor"], config.max_position_embeddings, config.head_dim
+    factor, trained, width = (
+        config.rope_scaling["factor"],
+        config.max_position_embeddings,
+        config.head_dim,
+    )
     growth = factor * (length.to(inverse.dtype) / trained).clamp(min=1) - (factor - 1)  # [B, 1, 1]
     exponents = torch.arange(0, width, 2, device=inverse.device, dtype=inverse.dtype) / (width - 2)
     return inverse / growth**exponents, None
@@ -80,12 +84,17 @@ def yarn(inverse: Tensor, length: Tensor, config: Config) -> Stretched:
     first, last = max(first, 0), min(last, width - 1)
     last += 0.001 if first == last else 0  # a step instead of a ramp
     index = torch.arange(width // 2, device=inverse.device, dtype=inverse.dtype)
-    stretch = ((index - first) / (last - first)).clamp(0, 1)  # 0: as it is, 1: stretched by the whole factor
+    stretch = ((index - first) / (last - first)).clamp(
+        0, 1
+    )  # 0: as it is, 1: stretched by the whole factor
 
     def sharpening(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
 
-    scale, weights = scaling.get("attention_factor"), (scaling.get("mscale"), scaling.get("mscale_all_dim"))
+    scale, weights = (
+        scaling.get("attention_factor"),
+        (scaling.get("mscale"), scaling.get("mscale_all_dim")),
+    )
     if scale is None:
         scale = sharpening(weights[0]) / sharpening(weights[1]) if all(weights) else sharpening(1)
     return inverse * (1 - stretch) + inverse / factor * stretch, scale
@@ -100,7 +109,9 @@ def llama3(inverse: Tensor, length: Tensor, config: Config) -> Stretched:
     scaling = config.rope_scaling
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = original_length(config) * inverse / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it is, 0: stretched by the whole factor
+    keep = ((turns - low) / (high - low)).clamp(
+        0, 1
+    )  # 1: as it is, 0: stretched by the whole factor
     return inverse * keep + inverse / scaling["factor"] * (1 - keep), None
 
 
@@ -126,7 +137,9 @@ TYPES = {function.__name__: function for function in (linear, dynamic, yarn, lla
 REQUIRED = {
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "yarn": ("factor",),  # may be null: then it is max_position_embeddings / original_max_position_embeddings
+    "yarn": (
+        "factor",
+    ),  # may be null: then it is max_position_embeddings / original_max_position_embeddings
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
@@ -138,7 +151,10 @@ OTHERS = ("type", "rope_type", "mrope_section", "mscale", "mscale_all_dim", "tru
 
 def original_length(config: Config) -> int:
     """How many tokens a text of the training had at most, before any stretching."""
-    return config.rope_scaling.get("original_max_position_embeddings") or config.max_position_embeddings
+    return (
+        config.rope_scaling.get("original_max_position_embeddings")
+        or config.max_position_embeddings
+    )
 
 
 def stretch(config: Config, inverse: Tensor, position_ids: Tensor) -> Stretched:
@@ -154,17 +170,27 @@ def check(config: Config) -> None:
     """
     scaling, name, half = config.rope_scaling, config.rope_type, config.head_dim // 2
     if name not in TYPES:
-        raise ValueError(f"configuration: rope type is {name!r}, supported are default, mrope, {', '.join(TYPES)}")
+        raise ValueError(
+            f"configuration: rope type is {name!r}, supported are default, mrope, {', '.join(TYPES)}"
+        )
     for field in REQUIRED[name]:
         if field not in scaling or (scaling[field] is None and name != "yarn"):
-            raise ValueError(f"configuration: rope_scaling of type {name!r} lacks the field {field}")
+            raise ValueError(
+                f"configuration: rope_scaling of type {name!r} lacks the field {field}"
+            )
     for field in scaling.keys() & {*LISTS, *NUMBERS}:
         value, numbers = scaling[field], scaling[field] if field in LISTS else [scaling[field]]
         if field in LISTS and not (isinstance(value, list) and len(value) == half):
-            raise ValueError(f"configuration: rope_scaling's {field} must be a list of {half} numbers, is {value!r}")
+            raise ValueError(
+                f"configuration: rope_scaling's {field} must be a list of {half} numbers, is {value!r}"
+            )
         if value is not None and not all(isinstance(x, int | float) and x > 0 for x in numbers):
-            raise ValueError(f"configuration: rope_scaling's {field} must be positive, is {value!r}")
+            raise ValueError(
+                f"configuration: rope_scaling's {field} must be positive, is {value!r}"
+            )
     for field in sorted(scaling.keys() - {*LISTS, *NUMBERS, *OTHERS}):
         warnings.warn(f"configuration: rope_scaling holds an unknown field: {field}", stacklevel=4)
     if name == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ValueError("configuration: rope_scaling's low_freq_factor must be below its high_freq_factor")
+        raise ValueError(
+            "configuration: rope_scaling's low_freq_factor must be below its high_freq_factor"
+        )

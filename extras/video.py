@@ -34,7 +34,8 @@ import av
 import numpy as np
 from PIL import Image
 
-from preprocess import Clip, ImageConfig, load_image, open_media, resize, smart_resize, source_name, to_rgb
+from media import load_image, open_media, source_name, to_rgb
+from preprocess import Clip, ImageConfig, resize, smart_resize
 
 FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
 MIN_TOKENS, MAX_TOKENS = 128, 768  # of one frame
@@ -73,8 +74,14 @@ def load(
     for name, value in (positive | others).items():
         if value is None:
             continue
-        if not isinstance(value, Real) or not math.isfinite(value) or (name in positive and value <= 0):
-            raise ValueError(f"{name} is {value!r}, expected a {'positive ' * (name in positive)}number")
+        if (
+            not isinstance(value, Real)
+            or not math.isfinite(value)
+            or (name in positive and value <= 0)
+        ):
+            raise ValueError(
+                f"{name} is {value!r}, expected a {'positive ' * (name in positive)}number"
+            )
     span = video_start, video_end
 
     name, frames = source_name(source), given_frames(source)
@@ -84,7 +91,10 @@ def load(
         first, last = frames_between(times, *span, name, rate=rate)
         n = last - first + 1
         if nframes is not None and nframes > n:
-            warnings.warn(f"nframes {nframes} is more than the {n} frames there are: all are taken", stacklevel=3)
+            warnings.warn(
+                f"nframes {nframes} is more than the {n} frames there are: all are taken",
+                stacklevel=3,
+            )
         elif nframes is not None and nframes < n:
             n = count_frames(n, rate, config.temporal_patch_size, nframes=nframes)
         wanted = spread(first, last, n)
@@ -96,7 +106,9 @@ def load(
     try:
         return load_film(media, name, config, span, options, sizes, counting=False)
     except Lost as reason:
-        warnings.warn(f"{name}: {reason}, so all of it is decoded, twice, to count its frames", stacklevel=3)
+        warnings.warn(
+            f"{name}: {reason}, so all of it is decoded, twice, to count its frames", stacklevel=3
+        )
     return load_film(media, name, config, span, options, sizes, counting=True)
 
 
@@ -128,7 +140,9 @@ def count_frames(
         raise ValueError(f"{asked} comes to {n} frames, but at least {factor} are needed")
     if n > total:
         n = total // factor * factor
-        warnings.warn(f"{asked} is more than the {total} frames there are: {n} are taken", stacklevel=5)
+        warnings.warn(
+            f"{asked} is more than the {total} frames there are: {n} are taken", stacklevel=5
+        )
     return n
 
 
@@ -142,12 +156,19 @@ def spread(first: int, last: int, n: int) -> list[int]:
         return [first]
     step = float(np.float32(last - first) / np.float32(n - 1))
     index = np.arange(n)
-    values = np.where(index < n // 2, first + step * index, last - step * (n - 1 - index))  # float64: exact, nearly
+    values = np.where(
+        index < n // 2, first + step * index, last - step * (n - 1 - index)
+    )  # float64: exact, nearly
     return values.astype(np.float32).round().astype(int).tolist()
 
 
 def frames_between(
-    times: Sequence[float], start: float | None, end: float | None, name: str, rate: float, tolerance: float = 1e-6
+    times: Sequence[float],
+    start: float | None,
+    end: float | None,
+    name: str,
+    rate: float,
+    tolerance: float = 1e-6,
 ) -> tuple[int, int]:
     """The numbers of the first and last frame whose time lies in start … end, both in seconds and included.
 
@@ -180,17 +201,27 @@ def frame_size(
     if (resized_height is None) != (resized_width is None):
         raise ValueError("resized_height and resized_width belong together: give both or neither")
     if resized_height is not None:
-        return fit(resized_height, resized_width, config.factor, *(tokens * token for tokens in SIZE_TOKENS))
+        return fit(
+            resized_height,
+            resized_width,
+            config.factor,
+            *(tokens * token for tokens in SIZE_TOKENS),
+        )
     n += -n % config.temporal_patch_size
     low = MIN_TOKENS * token if min_pixels is None else min_pixels
     total = TOTAL_TOKENS * token if total_pixels is None else total_pixels
     high = max(min(MAX_TOKENS * token, total / n * config.temporal_patch_size), int(low * 1.05))
     if max_pixels is not None:
         if max_pixels > high:
-            warnings.warn(f"max_pixels {max_pixels} is lowered to {high:.0f}, the limit for {n} frames", stacklevel=6)
+            warnings.warn(
+                f"max_pixels {max_pixels} is lowered to {high:.0f}, the limit for {n} frames",
+                stacklevel=6,
+            )
         high = min(max_pixels, high)
     if high < low:
-        raise ValueError(f"max_pixels {high} is less than min_pixels, {low}: give a lower min_pixels, too")
+        raise ValueError(
+            f"max_pixels {high} is less than min_pixels, {low}: give a lower min_pixels, too"
+        )
     return fit(height, width, config.factor, low, high)
 
 
@@ -201,7 +232,9 @@ def fit(height: float, width: float, factor: int, low: float, high: float) -> tu
     return rounded if low <= math.prod(rounded) <= high else fitted
 
 
-def finish(pictures: Iterable[Image.Image], times: list[float], config: ImageConfig, sizes: dict) -> Clip:
+def finish(
+    pictures: Iterable[Image.Image], times: list[float], config: ImageConfig, sizes: dict
+) -> Clip:
     """Resize each picture as it comes; there is one for each time."""
     frames, explicit = None, sizes["resized_height"] is not None
     for index, picture in enumerate(pictures):
@@ -214,7 +247,9 @@ def finish(pictures: Iterable[Image.Image], times: list[float], config: ImageCon
         if config.do_resize or explicit:
             frames[index] = to_rgb(picture).resize((width, height), resample=config.resample)
         else:
-            frames[index] = resize(picture, config)  # checks that the sides are multiples of config.factor
+            frames[index] = resize(
+                picture, config
+            )  # checks that the sides are multiples of config.factor
     return Clip(frames, times, size)
 
 
@@ -236,7 +271,10 @@ def given_frames(source: object) -> Sequence | None:
     if str(source).startswith(("http://", "https://", "data:")) or not Path(folder).is_dir():
         return None
     found = (path for path in Path(folder).iterdir() if path.is_file())
-    return sorted((path for path in found if path.name[0] != "." and path.name.lower() not in LITTER), key=natural)
+    return sorted(
+        (path for path in found if path.name[0] != "." and path.name.lower() not in LITTER),
+        key=natural,
+    )
 
 
 def natural(path: Path) -> tuple:
@@ -259,7 +297,13 @@ def same_size(pictures: Iterable[Image.Image], name: str) -> Iterator[Image.Imag
 
 
 def load_film(
-    media: str | BinaryIO, name: str, config: ImageConfig, span: tuple, options: dict, sizes: dict, counting: bool
+    media: str | BinaryIO,
+    name: str,
+    config: ImageConfig,
+    span: tuple,
+    options: dict,
+    sizes: dict,
+    counting: bool,
 ) -> Clip:
     """Read a film. `counting`: number its frames by decoding all of them, instead of trusting the packets' times.
 
@@ -273,8 +317,14 @@ def load_film(
         rate, tick = stream.average_rate, stream.time_base
     ordered = None not in pts and all(a < b for a, b in itertools.pairwise(pts))
     if rate is None or rate == 0:  # unknown, as with a single frame
-        rate = Fraction(len(pts) - 1, (pts[-1] - pts[0]) * tick) if ordered and len(pts) > 1 else FPS
-    times = [float((time - pts[0]) * tick) for time in pts] if ordered else [n / float(rate) for n in range(len(pts))]
+        rate = (
+            Fraction(len(pts) - 1, (pts[-1] - pts[0]) * tick) if ordered and len(pts) > 1 else FPS
+        )
+    times = (
+        [float((time - pts[0]) * tick) for time in pts]
+        if ordered
+        else [n / float(rate) for n in range(len(pts))]
+    )
 
     # A time is rounded to the tick of the file. Some files have ticks as long as a frame: those are exact.
     tolerance = 1e-6 + min(float(tick) / 2, 0.0005)
@@ -284,7 +334,11 @@ def load_film(
     with opened(media, name) as (container, stream):
         if counting:
             chosen = set(wanted)
-            frames = (frame for number, frame in enumerate(counted(container, stream, name)) if number in chosen)
+            frames = (
+                frame
+                for number, frame in enumerate(counted(container, stream, name))
+                if number in chosen
+            )
         else:
             frames = sampled(container, stream, name, wanted, pts, keys, broken)
         return finish(map(to_picture, frames), [times[index] for index in wanted], config, sizes)
@@ -295,19 +349,29 @@ def opened(media: str | BinaryIO, name: str) -> Iterator[tuple]:
     """Open a film: its container and its video stream. PyAV's errors become ValueErrors or FileNotFoundErrors."""
     if not isinstance(media, str):
         if isinstance(media, io.TextIOBase) or not media.seekable():
-            raise ValueError(f"{name} must be opened in binary mode and be seekable to be read as a film")
+            raise ValueError(
+                f"{name} must be opened in binary mode and be seekable to be read as a film"
+            )
         media.seek(0)
     # Literally this file, whatever its name looks like; and what it names must not reach into the network.
     place = f"file:{media}" if isinstance(media, str) else media
     try:
         with av.open(place, "r", options={"protocol_whitelist": "file"}) as container:
             stream = container.streams.best("video")
-            cover = stream is not None and stream.disposition & av.stream.Disposition.attached_pic  # of a song
-            if stream is None or cover or container.format.name == "tty":  # which plays text on a terminal
+            cover = (
+                stream is not None and stream.disposition & av.stream.Disposition.attached_pic
+            )  # of a song
+            if (
+                stream is None or cover or container.format.name == "tty"
+            ):  # which plays text on a terminal
                 raise ValueError(f"{name} is no film: it has no video stream")
             if stream.codec_context is None:
-                raise ValueError(f"{name} cannot be decoded: this build of FFmpeg does not know its codec")
-            stream.thread_type = "AUTO"  # several frames at once where the codec can; they come in the same order
+                raise ValueError(
+                    f"{name} cannot be decoded: this build of FFmpeg does not know its codec"
+                )
+            stream.thread_type = (
+                "AUTO"  # several frames at once where the codec can; they come in the same order
+            )
             for other in container.streams:
                 if other is not stream:
                     other.discard = "all"
@@ -325,7 +389,12 @@ def packet_times(container, stream) -> tuple[list[int], dict[int, int], int | No
     All in the stream's ticks. FFmpeg finds key frames of mp4 and Matroska by when they are shown, those of other
     files by when they are decoded, which is earlier where a later frame is needed to decode the next ones.
     """
-    shown, keys, broken, by_dts = [], {}, None, not container.format.name.startswith(("mov", "matroska"))
+    shown, keys, broken, by_dts = (
+        [],
+        {},
+        None,
+        not container.format.name.startswith(("mov", "matroska")),
+    )
     for packet in container.demux(stream):
         if packet.size == 0:  # the last one, which says that there are no more
             continue
@@ -356,14 +425,25 @@ def is_hidden(codec: str, packet: memoryview) -> bool:
 
 
 def sampled(
-    container, stream, name: str, wanted: list[int], pts: list[int], keys: dict[int, int], broken: int | None = None
+    container,
+    stream,
+    name: str,
+    wanted: list[int],
+    pts: list[int],
+    keys: dict[int, int],
+    broken: int | None = None,
 ) -> Iterator:
     """The frames with the given numbers, found by their times, which `packet_times` has collected."""
-    frames, position = container.decode(stream), -1  # position: the number of the last frame that was decoded
+    frames, position = (
+        container.decode(stream),
+        -1,
+    )  # position: the number of the last frame that was decoded
     starts, reason = list(keys), "Unexpected end of the film"
     for target in wanted:
         key = bisect_right(starts, pts[target]) - 1  # the latest at or before the target
-        if key >= 0 and bisect_left(pts, starts[key]) > position + 1:  # else there is nothing to skip
+        if (
+            key >= 0 and bisect_left(pts, starts[key]) > position + 1
+        ):  # else there is nothing to skip
             try:
                 container.seek(keys[starts[key]], stream=stream)
             except av.FFmpegError as error:
@@ -371,7 +451,10 @@ def sampled(
             frames, position = container.decode(stream), -1
         try:
             while position < target and (frame := next(frames, None)):
-                before, position = position, bisect_left(pts, math.inf if frame.pts is None else frame.pts)
+                before, position = (
+                    position,
+                    bisect_left(pts, math.inf if frame.pts is None else frame.pts),
+                )
                 if position <= before or position == len(pts) or pts[position] != frame.pts:
                     raise Lost("its frames carry other times than its packets")
         except av.FFmpegError as error:
@@ -392,7 +475,9 @@ def counted(container, stream, name: str) -> Iterator:
             yield frame
             count += 1
     except av.FFmpegError as error:
-        raise ValueError(f"{name} is damaged or cut off at frame {count}: {error.strerror}") from error
+        raise ValueError(
+            f"{name} is damaged or cut off at frame {count}: {error.strerror}"
+        ) from error
 
 
 def to_picture(frame) -> Image.Image:

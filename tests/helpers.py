@@ -12,7 +12,9 @@ import types
 import numpy as np
 import torch
 
-torch.set_num_threads(1)  # products this small gain nothing from threads, and on a busy machine wait for them
+torch.set_num_threads(
+    1
+)  # products this small gain nothing from threads, and on a busy machine wait for them
 
 # Ids of the special tokens in every small model; text tokens are those above LAST_SPECIAL.
 VISION_START, VISION_END, IMAGE, VIDEO, PAD = 1, 2, 3, 4, 0
@@ -70,7 +72,13 @@ SHAPES = {
     "no sharing": small_config(heads=3, kv_heads=3, width=24, sections=(4, 4, 4), tied=True),
     "like 7B": small_config(heads=7, kv_heads=1, width=32, sections=(4, 6, 6), layers=1, vocab=97),
     "real head widths": small_config(
-        heads=2, kv_heads=1, width=128, sections=(16, 24, 24), vision_heads=1, vision_width=80, mlp_ratio=4
+        heads=2,
+        kv_heads=1,
+        width=128,
+        sections=(16, 24, 24),
+        vision_heads=1,
+        vision_width=80,
+        mlp_ratio=4,
     ),
     "deep": small_config(layers=5, depth=4, tied=True),
     "shallow": small_config(layers=1, depth=1, vision_heads=4, vision_width=8),
@@ -216,7 +224,9 @@ def our_model(config, weights, dtype=torch.float32, attention="sdpa"):
     missing, extra = model.load_state_dict(weights, strict=False)
     assert not extra, f"names that the model does not know: {extra}"
     assert set(missing) <= {"lm_head.weight"}, f"names that the model lacks: {missing}"
-    assert not missing or config["tie_word_embeddings"], "not tied, and yet without an output matrix"
+    assert not missing or config["tie_word_embeddings"], (
+        "not tied, and yet without an output matrix"
+    )
     return model.to(dtype).eval()
 
 
@@ -232,13 +242,18 @@ def reference_model(config, weights, dtype=torch.float32, attention="eager"):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     # Nested, as transformers 5 writes it. No token ends a row here: the tests compare a fixed number of steps.
-    text = copy.deepcopy(config) | {"bos_token_id": None, "eos_token_id": None}  # it writes into rope_scaling
+    text = copy.deepcopy(config) | {
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }  # it writes into rope_scaling
     top = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     top = {name: text.pop(name) for name in (*top, "tie_word_embeddings", "vision_config")}
     reference_config = Qwen2VLConfig(text_config=text, **top)
     reference_config._attn_implementation = attention
     model = Qwen2VLForConditionalGeneration(reference_config)
-    missing, extra = model.load_state_dict({reference_name(n): t for n, t in weights.items()}, strict=False)
+    missing, extra = model.load_state_dict(
+        {reference_name(n): t for n, t in weights.items()}, strict=False
+    )
     assert not extra, f"names that the reference does not know: {extra}"
     assert set(missing) <= {"lm_head.weight"}, f"names that the reference lacks: {missing}"
     model.tie_weights()
@@ -298,12 +313,19 @@ def flash_attn_stand_in():
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
         (total, heads, width), (_, kv_heads, _) = q.shape, k.shape
-        assert k.shape == v.shape == (len(k), kv_heads, width), "k and v are [total, kv heads, width]"
+        assert k.shape == v.shape == (len(k), kv_heads, width), (
+            "k and v are [total, kv heads, width]"
+        )
         assert heads % kv_heads == 0, "query heads are a multiple of key heads"
         assert q.dtype == k.dtype == v.dtype
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "the last dimension must be contiguous"
+        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (
+            "the last dimension must be contiguous"
+        )
         assert (dropout_p, softcap, alibi_slopes, block_table) == (0.0, 0.0, None, None)
-        for cu_seqlens, longest, end in ((cu_seqlens_q, max_seqlen_q, total), (cu_seqlens_k, max_seqlen_k, len(k))):
+        for cu_seqlens, longest, end in (
+            (cu_seqlens_q, max_seqlen_q, total),
+            (cu_seqlens_k, max_seqlen_k, len(k)),
+        ):
             assert cu_seqlens.dtype == torch.int32, "cu_seqlens must be int32"
             assert cu_seqlens.device == q.device
             lengths = cu_seqlens.diff()
@@ -311,9 +333,13 @@ def flash_attn_stand_in():
             assert cu_seqlens[-1] == end, "offsets end where the packed row ends"
             assert (lengths >= 0).all()
             assert type(longest) is int, "a tensor here would make the GPU wait"
-            assert longest == lengths.max(), "the longest sequence decides how many blocks are launched"
+            assert longest == lengths.max(), (
+                "the longest sequence decides how many blocks are launched"
+            )
         assert len(cu_seqlens_q) == len(cu_seqlens_k)
-        module.calls.append({"causal": causal, "cu_seqlens_q": cu_seqlens_q.tolist(), "heads": (heads, kv_heads)})
+        module.calls.append(
+            {"causal": causal, "cu_seqlens_q": cu_seqlens_q.tolist(), "heads": (heads, kv_heads)}
+        )
 
         scale = width**-0.5 if softmax_scale is None else softmax_scale
         left, right = window_size[0], 0 if causal else window_size[1]

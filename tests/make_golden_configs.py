@@ -28,7 +28,13 @@ ARGUMENTS = {
     "eos_token_id": 281,
     "image_token_id": 290,
     "video_token_id": 291,
-    "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 2, "hidden_size": 64, "mlp_ratio": 2},
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "hidden_size": 64,
+        "mlp_ratio": 2,
+    },
 }
 
 WRITE = """
@@ -50,9 +56,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             venv.create(folder, with_pip=True)
             python = Path(folder) / "bin" / "python"
-            subprocess.run([python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True)
+            subprocess.run(
+                [python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True
+            )
             done = subprocess.run(
-                [python, "-c", WRITE, json.dumps(ARGUMENTS), folder], check=True, capture_output=True, text=True
+                [python, "-c", WRITE, json.dumps(ARGUMENTS), folder],
+                check=True,
+                capture_output=True,
+                text=True,
             )
         golden[version] = json.loads(done.stdout.splitlines()[-1])
         print(f"transformers {version}: done", file=sys.stderr)

@@ -21,10 +21,24 @@ GOLDEN = Path(__file__).parent / "golden"
 # Small patches keep the file small, and show a 14 that is written into the code where the config should speak.
 MODELS = {
     "tied": helpers.small_config(
-        heads=4, kv_heads=2, width=8, sections=(2, 1, 1), tied=True, vision_width=8, patch_size=4, vocab=40
+        heads=4,
+        kv_heads=2,
+        width=8,
+        sections=(2, 1, 1),
+        tied=True,
+        vision_width=8,
+        patch_size=4,
+        vocab=40,
     ),
     "untied": helpers.small_config(
-        heads=3, kv_heads=1, width=12, sections=(1, 2, 3), layers=3, vision_width=12, patch_size=4, vocab=40
+        heads=3,
+        kv_heads=1,
+        width=12,
+        sections=(1, 2, 3),
+        layers=3,
+        vision_width=12,
+        patch_size=4,
+        vocab=40,
     ),
 }
 CASES = {
@@ -61,7 +75,9 @@ def make_model():
             with torch.no_grad():
                 images, clips = batch["image_grid_thw"], batch["video_grid_thw"]
                 out["features"] = model.model.visual(batch["pixel_values"], images).pooler_output
-                out["features_videos"] = model.model.visual(batch["pixel_values_videos"], clips).pooler_output
+                out["features_videos"] = model.model.visual(
+                    batch["pixel_values_videos"], clips
+                ).pooler_output
             kinds = helpers.token_types(config, batch["input_ids"])
             out["position_ids"], out["rope_deltas"] = model.model.get_rope_index(
                 batch["input_ids"], kinds, images, clips, batch.get("attention_mask")
@@ -75,15 +91,21 @@ def make_positions():
 
     config, cases = helpers.SHAPES["plain"], []
     model = SimpleNamespace(
-        config=SimpleNamespace(**(config | {"vision_config": SimpleNamespace(**config["vision_config"])}))
+        config=SimpleNamespace(
+            **(config | {"vision_config": SimpleNamespace(**config["vision_config"])})
+        )
     )
     for parts in LONG_CLIPS:
-        row = helpers.random_row(config, [part[0] if len(part) == 1 else tuple(part) for part in parts])
+        row = helpers.random_row(
+            config, [part[0] if len(part) == 1 else tuple(part) for part in parts]
+        )
         batch = helpers.make_batch([row])
         positions, delta = Qwen2VLModel.get_rope_index(
             model, batch["input_ids"], batch.get("image_grid_thw"), batch.get("video_grid_thw")
         )
-        cases.append({"parts": parts, "position_ids": positions[:, 0].tolist(), "rope_delta": delta.item()})
+        cases.append(
+            {"parts": parts, "position_ids": positions[:, 0].tolist(), "rope_delta": delta.item()}
+        )
     lines = ",\n".join(json.dumps(case) for case in cases)
     (GOLDEN / "positions.json").write_text(f"[\n{lines}\n]\n")
 
@@ -91,6 +113,8 @@ def make_positions():
 if __name__ == "__main__":
     make = {"5.23.0": make_model, "4.57.6": make_positions}.get(transformers.__version__)
     if make is None:
-        raise SystemExit(f"transformers is {transformers.__version__}, the golden files are of 5.23.0 and 4.57.6")
+        raise SystemExit(
+            f"transformers is {transformers.__version__}, the golden files are of 5.23.0 and 4.57.6"
+        )
     GOLDEN.mkdir(exist_ok=True)
     make()

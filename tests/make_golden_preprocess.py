@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "preprocess.json"
 ROTATED = FOLDER / "rotated.jpg"  # 60×40 stored pixels with EXIF orientation 6: 40×60 when upright
-BOUNDS = {"min_pixels": 56 * 56, "max_pixels": 300 * 300}  # so that pictures of both kinds stay small
+BOUNDS = {
+    "min_pixels": 56 * 56,
+    "max_pixels": 300 * 300,
+}  # so that pictures of both kinds stay small
 
 
 def colours(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -32,7 +35,10 @@ def pictures() -> dict[str, Image.Image]:
     """Pictures of every Pillow mode that a file can have, and of sizes at the edges of what is allowed."""
     rgb = Image.fromarray(colours(61, 83))
     alpha = Image.fromarray(colours(61, 83, 1)[..., 0])
-    found = {mode: rgb.convert(mode) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")}
+    found = {
+        mode: rgb.convert(mode)
+        for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "HSV", "LAB", "RGBX")
+    }
     found["RGBA"] = rgb.copy()
     found["RGBA"].putalpha(alpha)
     found["LA"] = rgb.convert("L")
@@ -56,9 +62,22 @@ def pictures() -> dict[str, Image.Image]:
     ImageDraw.Draw(found["RGB, one colour transparent"]).ellipse((10, 10, 50, 50), fill=(1, 2, 3))
     found["RGB, one colour transparent"].info["transparency"] = (1, 2, 3)
 
-    sizes = [(1, 1), (1, 200), (200, 1), (2, 3), (10, 2000), (27, 29), (28, 28), (42, 70), (56, 56), (57, 3000)]
+    sizes = [
+        (1, 1),
+        (1, 200),
+        (200, 1),
+        (2, 3),
+        (10, 2000),
+        (27, 29),
+        (28, 28),
+        (42, 70),
+        (56, 56),
+        (57, 3000),
+    ]
     sizes += [(119, 120), (280, 280), (299, 301), (301, 299), (517, 333), (1000, 40)]
-    return found | {f"{height}×{width}": Image.fromarray(colours(height, width)) for height, width in sizes}
+    return found | {
+        f"{height}×{width}": Image.fromarray(colours(height, width)) for height, width in sizes
+    }
 
 
 def summary(pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> dict:

@@ -24,9 +24,14 @@ def main() -> None:
         name: [reference.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
         for name, ids in (encoded | IDS).items()
     }
-    lines = [f"{json.dumps(part)}: {json.dumps(rows)}" for part, rows in (("ids", encoded), ("text", decoded))]
+    lines = [
+        f"{json.dumps(part)}: {json.dumps(rows)}"
+        for part, rows in (("ids", encoded), ("text", decoded))
+    ]
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    print(f"{GOLDEN}: {len(encoded)} texts, {len(decoded)} id sequences, {GOLDEN.stat().st_size} bytes")
+    print(
+        f"{GOLDEN}: {len(encoded)} texts, {len(decoded)} id sequences, {GOLDEN.stat().st_size} bytes"
+    )
 
 
 if __name__ == "__main__":

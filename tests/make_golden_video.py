@@ -30,7 +30,13 @@ GOLDEN = Path(__file__).parent / "golden" / "video.json"
 FILMS = {
     "30 fps": ("a.mp4", 75, 64, 48, {"rate": 30}),
     "29.97 fps": ("b.mp4", 61, 48, 64, {"rate": Fraction(30000, 1001)}),
-    "24 fps, B-frames": ("c.mp4", 49, 96, 64, {"rate": 24, "codec": "libx264", "options": {"bf": "3", "g": "12"}}),
+    "24 fps, B-frames": (
+        "c.mp4",
+        49,
+        96,
+        64,
+        {"rate": 24, "codec": "libx264", "options": {"bf": "3", "g": "12"}},
+    ),
     "25 fps, long": ("d.mp4", 300, 48, 32, {"rate": 25}),
     "mov": ("e.mov", 18, 60, 50, {"rate": 6}),
     "vp9": ("f.webm", 31, 80, 60, {"rate": 10, "codec": "libvpx-vp9"}),
@@ -42,20 +48,54 @@ FILMS = {
     "thin": ("l.mkv", 8, 12, 900, {"rate": 4, "codec": "ffv1"}),
     "large": ("m.mp4", 5, 1280, 720, {"rate": 2}),
 }
-COMMON = [{}, {"fps": 1}, {"fps": 5.0}, {"nframes": 2}, {"nframes": 5}, {"max_frames": 3}, {"min_frames": 7}]
-COMMON += [{"video_start": 0.3}, {"video_end": 0.45}, {"video_start": -1, "video_end": 99, "fps": 3}]
-COMMON += [{"total_pixels": 400_000}, {"min_pixels": 20_000, "max_pixels": 60_000}, {"min_pixels": 3136}]
-COMMON += [{"max_pixels": 9_000_000}, {"min_pixels": 200_000}, {"max_pixels": 120_000, "nframes": 4}]
-COMMON += [{"resized_height": 100, "resized_width": 150}, {"resized_height": 5, "resized_width": 400}]
-ITEMS = [(name, options) for name in FILMS for options in (COMMON[:14:4] if name == "large" else COMMON)]
+COMMON = [
+    {},
+    {"fps": 1},
+    {"fps": 5.0},
+    {"nframes": 2},
+    {"nframes": 5},
+    {"max_frames": 3},
+    {"min_frames": 7},
+]
+COMMON += [
+    {"video_start": 0.3},
+    {"video_end": 0.45},
+    {"video_start": -1, "video_end": 99, "fps": 3},
+]
+COMMON += [
+    {"total_pixels": 400_000},
+    {"min_pixels": 20_000, "max_pixels": 60_000},
+    {"min_pixels": 3136},
+]
+COMMON += [
+    {"max_pixels": 9_000_000},
+    {"min_pixels": 200_000},
+    {"max_pixels": 120_000, "nframes": 4},
+]
+COMMON += [
+    {"resized_height": 100, "resized_width": 150},
+    {"resized_height": 5, "resized_width": 400},
+]
+ITEMS = [
+    (name, options) for name in FILMS for options in (COMMON[:14:4] if name == "large" else COMMON)
+]
 ITEMS += [
-    ("25 fps, long", {"video_start": start, "video_end": end}) for start, end in ((1, 3), (2.02, 11.51), (0.04, 12))
+    ("25 fps, long", {"video_start": start, "video_end": end})
+    for start, end in ((1, 3), (2.02, 11.51), (0.04, 12))
 ]
 ITEMS += [("25 fps, long", {"fps": fps}) for fps in (0.1, 0.7, 2.5)]
 ITEMS += [("25 fps, long", {"fps": 3, "min_frames": 40, "max_frames": 41, "video_start": 1.5})]
 
 # Lists of frames (n, width, height). The helper resizes them first to multiples of 56, which changes the first four.
-LISTS = [(2, 320, 240), (3, 640, 360), (5, 480, 640), (8, 1280, 720), (1, 336, 224), (6, 112, 112), (3, 1008, 560)]
+LISTS = [
+    (2, 320, 240),
+    (3, 640, 360),
+    (5, 480, 640),
+    (8, 1280, 720),
+    (1, 336, 224),
+    (6, 112, 112),
+    (3, 1008, 560),
+]
 LIST_OPTIONS = [{}, {"total_pixels": 300_000}]
 
 
@@ -66,7 +106,9 @@ def stand_ins() -> dict[str, ModuleType]:
     def read(path):
         with av.open(path) as container:
             rate = float(container.streams.video[0].average_rate)
-            return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]), rate
+            return np.stack(
+                [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            ), rate
 
     def read_video(path, start_pts, end_pts, pts_unit, output_format):
         assert (start_pts, end_pts) == (0.0, None), "ranges are left to decord's stand-in"
@@ -74,7 +116,9 @@ def stand_ins() -> dict[str, ModuleType]:
         return torch.from_numpy(frames).permute(0, 3, 1, 2), None, {"video_fps": rate}
 
     def resize(video, size, interpolation, antialias):
-        values = torch.nn.functional.interpolate(video.float(), size, mode=interpolation, antialias=antialias)
+        values = torch.nn.functional.interpolate(
+            video.float(), size, mode=interpolation, antialias=antialias
+        )
         return values.clamp(0, 255).round().to(torch.uint8)
 
     class VideoReader:
@@ -90,9 +134,15 @@ def stand_ins() -> dict[str, ModuleType]:
         def get_batch(self, indices):
             return SimpleNamespace(asnumpy=lambda: self.frames[indices])
 
-    modules = {name: ModuleType(name) for name in ("torchvision", "torchvision.transforms", "decord")}
+    modules = {
+        name: ModuleType(name) for name in ("torchvision", "torchvision.transforms", "decord")
+    }
     top, transforms, decord = modules.values()
-    top.__version__, top.transforms, top.io = "0.24.0", transforms, SimpleNamespace(read_video=read_video)
+    top.__version__, top.transforms, top.io = (
+        "0.24.0",
+        transforms,
+        SimpleNamespace(read_video=read_video),
+    )
     transforms.functional = SimpleNamespace(resize=resize)
     transforms.InterpolationMode = SimpleNamespace(BICUBIC="bicubic")
     decord.VideoReader = VideoReader
@@ -122,23 +172,35 @@ def run_helper(helper, paths: dict[str, Path]) -> dict:
     for name, options in ITEMS:
         item = {"video": str(paths[name]), **options}
         try:
-            helper._read_video_decord(item)  # raises what `fetch_video` would pass over, to try torchvision
+            helper._read_video_decord(
+                item
+            )  # raises what `fetch_video` would pass over, to try torchvision
             video, details = helper.fetch_video(item, return_video_metadata=True)
-        except (ValueError, AssertionError):  # too few frames, a range of one frame, impossible bounds
+        except (
+            ValueError,
+            AssertionError,
+        ):  # too few frames, a range of one frame, impossible bounds
             continue
         indices = details["frames_indices"]
         if not options.keys() & {"video_start", "video_end"}:
             assert helper._read_video_torchvision(item)[1]["frames_indices"].tolist() == indices
         frames = video.permute(0, 2, 3, 1).byte().numpy()
-        golden["films"].append({"film": name, "options": options, "indices": indices, **summary(frames)})
+        golden["films"].append(
+            {"film": name, "options": options, "indices": indices, **summary(frames)}
+        )
     for (n, width, height), options in itertools.product(LISTS, LIST_OPTIONS):
         pictures = [Image.fromarray(frame) for frame in film(n, width, height)]
-        frames = helper.fetch_video({"video": pictures, **options}).permute(0, 2, 3, 1).byte().numpy()
+        frames = (
+            helper.fetch_video({"video": pictures, **options}).permute(0, 2, 3, 1).byte().numpy()
+        )
         golden["lists"].append({"list": [n, width, height], "options": options, **summary(frames)})
 
     draw = random.Random(0)
     while len(golden["counts"]) < 300:
-        total, rate = int(10 ** draw.uniform(0.3, 5)), draw.choice([4, 10, 15, 24, 25, 30, 60, 30000 / 1001, 12.34])
+        total, rate = (
+            int(10 ** draw.uniform(0.3, 5)),
+            draw.choice([4, 10, 15, 24, 25, 30, 60, 30000 / 1001, 12.34]),
+        )
         item = (
             {"nframes": draw.randint(1, 800)}
             if draw.random() < 0.3
@@ -180,7 +242,10 @@ def main() -> None:
         from qwen_vl_utils import vision_process
 
         golden = run_helper(vision_process, write_films(Path(folder)))
-    parts = (f'"{part}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]" for part, records in golden.items())
+    parts = (
+        f'"{part}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]"
+        for part, records in golden.items()
+    )
     GOLDEN.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
     counts = ", ".join(f"{len(records)} {part}" for part, records in golden.items())
     print(f"{GOLDEN}: {counts}, {GOLDEN.stat().st_size} bytes")

@@ -40,7 +40,9 @@ def rms_norm(w, name, x, eps):
 
 
 def sigmoid(x):
-    return 0.5 * (1 + np.tanh(x / 2))  # the same as 1 / (1 + exp(-x)), which overflows for very negative x
+    return 0.5 * (
+        1 + np.tanh(x / 2)
+    )  # the same as 1 / (1 + exp(-x)), which overflows for very negative x
 
 
 def silu(x):
@@ -60,7 +62,9 @@ def attend(q, k, v, visible):
     """q [H, S, D], k and v [K, S, D], visible [S, S] (row: who looks, column: at whom) -> [S, H * D]."""
     group = q.shape[0] // k.shape[0]  # query heads 0..group-1 share key/value head 0, and so on
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
-    scores = np.where(visible, q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]), -np.inf)  # [H, S, S]
+    scores = np.where(
+        visible, q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[-1]), -np.inf
+    )  # [H, S, S]
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return (weights @ v).transpose(1, 0, 2).reshape(q.shape[1], -1)
@@ -99,25 +103,35 @@ def patch_places(grid_thw, merge):
 def vision(config, w, pixels, grid_thw, states):
     """pixels [N, 3 * 2 * 14 * 14], grid_thw [pictures, 3] -> features [T, C]."""
     c = read(config, "vision_config")
-    embed_dim, heads, merge = read(c, "embed_dim"), read(c, "num_heads"), read(c, "spatial_merge_size", 2)
+    embed_dim, heads, merge = (
+        read(c, "embed_dim"),
+        read(c, "num_heads"),
+        read(c, "spatial_merge_size", 2),
+    )
     y, x, slices = patch_places(grid_thw, merge)
     head_width = embed_dim // heads
     # Half of a head turns with the row, half with the column: D/4 frequencies each.
     frequencies = 10000.0 ** -(np.arange(0, head_width // 2, 2) / (head_width // 2))
-    angles = np.concatenate([np.outer(y, frequencies), np.outer(x, frequencies)], axis=-1)  # [N, D / 2]
+    angles = np.concatenate(
+        [np.outer(y, frequencies), np.outer(x, frequencies)], axis=-1
+    )  # [N, D / 2]
     same_slice = slices[:, None] == slices[None, :]
 
     h = pixels @ w["visual.patch_embed.proj.weight"].reshape(embed_dim, -1).T  # [N, E]
     states["patch embedding"] = h
     for i in range(read(c, "depth")):
         block = f"visual.blocks.{i}."
-        q, k, v = np.split(linear(w, block + "attn.qkv", layer_norm(w, block + "norm1", h)), 3, axis=-1)
+        q, k, v = np.split(
+            linear(w, block + "attn.qkv", layer_norm(w, block + "norm1", h)), 3, axis=-1
+        )
         q, k = rotate(split_heads(q, heads), angles), rotate(split_heads(k, heads), angles)
         h = h + linear(w, block + "attn.proj", attend(q, k, split_heads(v, heads), same_slice))
         inner = quick_gelu(linear(w, block + "mlp.fc1", layer_norm(w, block + "norm2", h)))
         h = h + linear(w, block + "mlp.fc2", inner)
         states[f"block {i}"] = h
-    blocks = layer_norm(w, "visual.merger.ln_q", h).reshape(-1, merge * merge * embed_dim)  # [T, 4E]
+    blocks = layer_norm(w, "visual.merger.ln_q", h).reshape(
+        -1, merge * merge * embed_dim
+    )  # [T, 4E]
     return linear(w, "visual.merger.mlp.2", gelu(linear(w, "visual.merger.mlp.0", blocks)))
 
 
@@ -189,7 +203,15 @@ def decoder(config, w, embeddings, positions, states):
 # -------------------------------------------------------------------------------------------------- the whole
 
 
-def run(config, w, ids, pixel_values=None, image_grid_thw=(), pixel_values_videos=None, video_grid_thw=()):
+def run(
+    config,
+    w,
+    ids,
+    pixel_values=None,
+    image_grid_thw=(),
+    pixel_values_videos=None,
+    video_grid_thw=(),
+):
     """One sequence of token ids [S], with its pictures and clips, through the whole model.
 
     Gives a dict: "logits" [S, V], "positions" [3, S], "rope_delta", "vision" (features [T, C] of the images)
@@ -209,4 +231,9 @@ def run(config, w, ids, pixel_values=None, image_grid_thw=(), pixel_values_video
             h[ids == token] = features[kind]  # the placeholders, in reading order
     positions, delta = rope_positions(config, ids.tolist(), image_grid_thw, video_grid_thw)
     logits = decoder(config, w, h, positions, states)
-    return features | {"positions": positions, "rope_delta": delta, "logits": logits, "states": states}
+    return features | {
+        "positions": positions,
+        "rope_delta": delta,
+        "logits": logits,
+        "states": states,
+    }

@@ -42,7 +42,9 @@ class Rung:
     shape: str
     holds: bool
     largest: float | None = None  # absolute difference; None where only equality counts
-    share: float | None = None  # the same relative to the numbers around it, which is what is judged
+    share: float | None = (
+        None  # the same relative to the numbers around it, which is what is judged
+    )
     note: str = ""
 
 
@@ -72,7 +74,9 @@ def equal(name, ours, theirs, unit):
     if ours != theirs:
         pairs = zip(ours, theirs, strict=False)
         first = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-        excerpts = [repr(x[first : first + (40 if isinstance(x, str) else 8)]) for x in (ours, theirs)]
+        excerpts = [
+            repr(x[first : first + (40 if isinstance(x, str) else 8)]) for x in (ours, theirs)
+        ]
         note = f"from {unit[:-1]} {first} on: ours {excerpts[0]}, reference {excerpts[1]}"
     count = f"{len(theirs)} {unit if len(theirs) != 1 else unit[:-1]}"
     return Rung(name, count, ours == theirs, note=note)
@@ -94,15 +98,17 @@ def upright(path):
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no picture at {path}") from None
+        raise FileNotFoundError(f"there is no image at {path}") from None
     except OSError as error:
-        raise ValueError(f"cannot read {path} as a picture: {error}") from error
+        raise ValueError(f"cannot read {path} as an image: {error}") from error
 
 
 def drawn_picture():
     """210x170 pixels of colour gradients with a dark box in them: no symmetry that could hide a swap of axes."""
     y, x = np.mgrid[0:170, 0:210]
-    picture = np.stack([x * 255 // 210, y * 255 // 170, (3 * x + y) % 256], axis=-1).astype(np.uint8)
+    picture = np.stack([x * 255 // 210, y * 255 // 170, (3 * x + y) % 256], axis=-1).astype(
+        np.uint8
+    )
     picture[40:90, 120:180] = (30, 10, 60)
     return Image.fromarray(picture)
 
@@ -119,14 +125,19 @@ def reference_inputs(folder, messages, our_text):
     tokenizer, borrowed = AutoTokenizer.from_pretrained(folder), []
     template = tokenizer.chat_template
     if template is None and (folder / "chat_template.json").is_file():
-        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
+        template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))[
+            "chat_template"
+        ]
     try:
         if template is None:
             raise ImportError("the folder has no chat template")
         import jinja2  # noqa: F401  (transformers renders with it, and does not depend on it)
 
         # The real pictures would be written into the text by a template that prints what it does not know.
-        plain = [item | {"image": ""} if item["type"] == "image" else item for item in messages[0]["content"]]
+        plain = [
+            item | {"image": ""} if item["type"] == "image" else item
+            for item in messages[0]["content"]
+        ]
         plain = [{"role": "user", "content": plain}]
         text = tokenizer.apply_chat_template(
             plain, chat_template=template, tokenize=False, add_generation_prompt=True
@@ -190,7 +201,9 @@ def run_ours(folder, inputs, arguments):
     for hook in hooks:
         hook.remove()
     ids, grids = tensors["input_ids"], tensors.get("image_grid_thw")
-    heard["positions"], heard["rope delta"] = (x.cpu() for x in get_rope_index(model.config, ids, grids))
+    heard["positions"], heard["rope delta"] = (
+        x.cpu() for x in get_rope_index(model.config, ids, grids)
+    )
     arrays = {name: x.numpy() for name, x in inputs.items()}
     batch = Batch(attention_mask=np.ones_like(arrays["input_ids"]), **arrays)
     [tokens] = generate(model, batch, arguments.max_new_tokens, Sampling())
@@ -216,7 +229,9 @@ def run_reference(folder, inputs, arguments):
     model(**tensors, mm_token_type_ids=kinds, use_cache=False)
     for hook in hooks:
         hook.remove()
-    heard["positions"], heard["rope delta"] = (x.cpu() for x in model.model.get_rope_index(ids, kinds, grids))
+    heard["positions"], heard["rope delta"] = (
+        x.cpu() for x in model.model.get_rope_index(ids, kinds, grids)
+    )
     model.generation_config.repetition_penalty = 1.0
     model.model.rope_deltas = None  # it keeps those of the last call
     made = model.generate(
@@ -243,7 +258,9 @@ def climb(folder, arguments, say):
     inputs = {"input_ids": torch.tensor([their_ids])}
     if pixels is not None:
         inputs |= {"pixel_values": pixels, "image_grid_thw": grids}
-        rungs.append(equal("picture grids", batch.image_grid_thw.tolist(), grids.tolist(), "pictures"))
+        rungs.append(
+            equal("picture grids", batch.image_grid_thw.tolist(), grids.tolist(), "pictures")
+        )
         # The same Pillow gives the same bits; only that, no rounding, makes the pixels equal.
         rungs.append(compare("pixels", torch.from_numpy(batch.pixel_values), pixels, 0.0))
     rungs.append(equal("prompt ids", batch.input_ids[0].tolist(), their_ids, "tokens"))
@@ -258,7 +275,9 @@ def climb(folder, arguments, say):
         rungs.append(compare(name, ours[name], theirs[name], 0.0 if exact else limit))
     last = equal("greedy tokens", tokens, their_tokens, "tokens")
     if not last.holds and arguments.dtype in ("bfloat16", "float16"):
-        say("note: greedy tokens differ, which a near tie is enough for in half precision; not counted")
+        say(
+            "note: greedy tokens differ, which a near tie is enough for in half precision; not counted"
+        )
         last.holds = True
     return [*rungs, last]
 
@@ -279,12 +298,20 @@ def show(rungs, limit, say):
             largest, share = "differs" if rung.note and rung.largest is None else "equal", ""
         mark = "" if rung.holds else "  broken"
         mark = "  BROKEN, first" if rung in broken[:1] else mark
-        say(f"{rung.name:{width}}  {rung.shape:{shape_width}}  {largest:>18}  {share:>8}{mark}".rstrip())
+        say(
+            f"{rung.name:{width}}  {rung.shape:{shape_width}}  {largest:>18}  {share:>8}{mark}".rstrip()
+        )
     if not broken:
-        say("", f"All {len(rungs)} rungs hold (limit {limit:g} relative; ids, positions and pixels equal).")
+        say(
+            "",
+            f"All {len(rungs)} rungs hold (limit {limit:g} relative; ids, positions and pixels equal).",
+        )
         return
     first = broken[0]
-    say("", f"{first.name} is the first of {len(broken)} broken rungs out of {len(rungs)}; {first.note}.")
+    say(
+        "",
+        f"{first.name} is the first of {len(broken)} broken rungs out of {len(rungs)}; {first.note}.",
+    )
 
 
 def parse_arguments(argv):
@@ -293,14 +320,38 @@ def parse_arguments(argv):
         epilog="Exit code 0: all rungs hold, 1: one breaks, 2: nothing could be compared.",
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER_OR_NAME", help="a checkpoint folder or a hub name")
-    add("--image", action="append", default=[], metavar="FILE", help="repeat for several (default: one is drawn)")
-    add("--text-only", action="store_true", help="no picture at all")
+    add(
+        "--model", required=True, metavar="FOLDER_OR_NAME", help="a checkpoint folder or a hub name"
+    )
+    add(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="repeat for several (default: one is drawn)",
+    )
+    add("--text-only", action="store_true", help="no image at all")
     add("--prompt", default="Describe this image.", help="(default: %(default)s)")
-    add("--dtype", choices=LIMITS, default="float32", help="of both models (default: float32, the sharpest)")
+    add(
+        "--dtype",
+        choices=LIMITS,
+        default="float32",
+        help="of both models (default: float32, the sharpest)",
+    )
     add("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
-    add("--attention", choices=REFERENCE_ATTENTION, default="sdpa", help="of both models (default: sdpa)")
-    add("--max-new-tokens", type=int, default=16, metavar="N", help="greedy tokens to compare (default: 16)")
+    add(
+        "--attention",
+        choices=REFERENCE_ATTENTION,
+        default="sdpa",
+        help="of both models (default: sdpa)",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        default=16,
+        metavar="N",
+        help="greedy tokens to compare (default: 16)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is {arguments.max_new_tokens}, expected 1 or more")
@@ -320,7 +371,9 @@ def main(argv=None):
         try:
             import transformers
         except ImportError:
-            raise ValueError("the ladder needs transformers: pip install -r requirements-dev.txt") from None
+            raise ValueError(
+                "the ladder needs transformers: pip install -r requirements-dev.txt"
+            ) from None
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
         # PyTorch lets convolutions round to TF32 on CUDA, and the reference embeds its patches with one.

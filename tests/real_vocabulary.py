@@ -45,14 +45,19 @@ def rank_file() -> Path:
     """Where `dashscope` keeps the ranks. The package is not imported: that would take seconds."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None or spec.origin is None:
-        raise FileNotFoundError("the package dashscope, which carries the Qwen2 ranks, is not installed")
+        raise FileNotFoundError(
+            "the package dashscope, which carries the Qwen2 ranks, is not installed"
+        )
     return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 
 def read_ranks() -> dict[bytes, int]:
     """The 151,643 tokens: bytes → rank."""
     lines = rank_file().read_bytes().split(b"\n")
-    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    return {
+        base64.b64decode(token): int(rank)
+        for token, rank in (line.split() for line in lines if line)
+    }
 
 
 def pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -91,8 +96,18 @@ def build_tokenizer(folder: str | Path) -> Path:
         }
         for n, name in enumerate(CONTROL_TOKENS)
     ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": WORD_PATTERN}, "behavior": "Isolated", "invert": False}
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": False,
+        "use_regex": False,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": WORD_PATTERN},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     description = {
         "version": "1.0",
         "truncation": None,
@@ -134,7 +149,9 @@ def build_tokenizer(folder: str | Path) -> Path:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(description, ensure_ascii=False), encoding="utf-8"
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
     return folder
 

@@ -63,7 +63,10 @@ def random_model():
     vocab = max(ids.values()) + 1  # the control tokens come last
     config = small_config(vocab=vocab, **ids)
     model = our_model(config, random_weights(config, seed=3), torch.float64)
-    model.generation_config = {"eos_token_id": list(range(0, vocab, 11)), "pad_token_id": vocab - 14}
+    model.generation_config = {
+        "eos_token_id": list(range(0, vocab, 11)),
+        "pad_token_id": vocab - 14,
+    }
     return model
 
 
@@ -91,7 +94,15 @@ class Place:
         return self
 
     def options(self, *more):
-        return ["--batch", str(self.batch), "--out", str(self.out), "--max-new-tokens", "24", *map(str, more)]
+        return [
+            "--batch",
+            str(self.batch),
+            "--out",
+            str(self.out),
+            "--max-new-tokens",
+            "24",
+            *map(str, more),
+        ]
 
     def run(self, model, *more, sampling=GREEDY):
         """The records in the order of the lines."""
@@ -144,7 +155,10 @@ def test_with_a_seed_a_line_draws_the_same_whatever_it_is_answered_with(size, pl
     lines = [MIXED[1], MIXED[0], MIXED[1], MIXED[2]]
     records = place.write(lines).run(random_model, "--batch-size", size, sampling=sampling)
     for number, (line, record) in enumerate(zip(lines, records, strict=True)):
-        assert record["answer"] == alone(random_model, line, 24, Sampling(True, 1.5, seed=7 + number))[0]
+        assert (
+            record["answer"]
+            == alone(random_model, line, 24, Sampling(True, 1.5, seed=7 + number))[0]
+        )
     assert records[0]["answer"] != records[2]["answer"]
 
 
@@ -167,7 +181,9 @@ def test_options_reach_the_prompt_and_a_clips_own_come_first(place, tiny):
     records = place.write(lines).run(tiny, "--add-vision-id", "--nframes", 2, "--max-new-tokens", 2)
     lines[1] = ask(CLIP | {"nframes": 2}, "What?")
     batches = [PROCESSOR(conversation(line), add_vision_id=True) for line in lines]
-    assert [record["tokens_in"] for record in records] == [batch.input_ids.shape[1] for batch in batches]
+    assert [record["tokens_in"] for record in records] == [
+        batch.input_ids.shape[1] for batch in batches
+    ]
     assert records[1]["tokens_in"] != records[2]["tokens_in"]
     assert [(record["tokens_out"], record["finished"]) for record in records] == [(2, False)] * 3
 
@@ -193,7 +209,10 @@ def test_words_go_to_stderr_and_quiet_says_nothing(place, tiny, capsys):
     limit=st.integers(1, 40),
 )
 def test_groups_hold_each_question_once_sorted_and_bounded(sizes, size, window, limit):
-    asked = [Question({"line": n}, "", length=length, size=held) for n, (length, held) in enumerate(sizes)]
+    asked = [
+        Question({"line": n}, "", length=length, size=held)
+        for n, (length, held) in enumerate(sizes)
+    ]
     read = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch_file, "WINDOW", window)
@@ -224,12 +243,14 @@ BAD = {
     '[{"role": "user", "content": 5}]': "the content of message 0 must be text or a list",
     '[{"role": "user", "content": [5]}]': "a content item must be a dict",
     '[{"role": "user", "content": [{"text": 5}]}]': "a content item is neither image, video nor text",
-    '[{"role": "user", "content": [{"image": "gone.png"}]}]': "there is no picture at gone.png",
-    '[{"role": "user", "content": [{"image": 5}]}]': "expected a path, an address, bytes or an open file, not int",
+    '[{"role": "user", "content": [{"image": "gone.png"}]}]': "there is no image at gone.png",
+    '[{"role": "user", "content": [{"image": 5}]}]': "expected a path, a URL, bytes or an open file, got int",
     '[{"role": "user", "content": [{"video": "gone.mp4"}]}]': "there is no",
     '[{"role": "user", "content": "\\ud800"}]': "this is not a valid Unicode string",
     json.dumps(ask(picture(WIDE) | {"max_pixels": []})): "the line cannot be used: TypeError",
-    json.dumps(ask(picture(WIDE) | {"max_pixels": 0, "min_pixels": 0})): "the line cannot be used: ZeroDivisionError",
+    json.dumps(
+        ask(picture(WIDE) | {"max_pixels": 0, "min_pixels": 0})
+    ): "the line cannot be used: ZeroDivisionError",
     "[" * 100_000: "the line cannot be used: RecursionError",
 }
 
@@ -245,7 +266,9 @@ def test_a_bad_line_becomes_an_error_record_and_the_rest_goes_on(place, tiny):
 
 def test_bytes_that_are_no_utf_8_and_words_that_utf_8_cannot_write(place, tiny):
     good = json.dumps({"id": "\ud800ü", "messages": MIXED[1]}).encode()
-    place.batch.write_bytes(b"\xef\xbb\xbf" + good + b'\r\n["\xff"]\n' + good)  # a byte order mark, no last newline
+    place.batch.write_bytes(
+        b"\xef\xbb\xbf" + good + b'\r\n["\xff"]\n' + good
+    )  # a byte order mark, no last newline
     records = place.run(tiny)
     assert [record.get("id") for record in records] == ["\ud800ü", None, "\ud800ü"]
     assert "can't decode byte 0xff" in records[1]["error"]
@@ -330,7 +353,9 @@ def test_a_half_written_record_is_dropped_and_made_again(place, tiny, capsys):
 
 def test_lines_with_errors_are_tried_again_and_answers_stay(place, tiny, tmp_path, monkeypatch):
     missing = tmp_path / "later.png"
-    first = place.write([MIXED[1], ask(picture(str(missing)), "How many shapes are there?"), "{"]).run(tiny)
+    first = place.write(
+        [MIXED[1], ask(picture(str(missing)), "How many shapes are there?"), "{"]
+    ).run(tiny)
     assert ["error" in record for record in first] == [False, True, True]
     shutil.copy(WIDE, missing)
     place.write([MIXED[1], ask(picture(str(missing)), "How many shapes are there?"), MIXED[1]])
@@ -344,7 +369,10 @@ def test_lines_with_errors_are_tried_again_and_answers_stay(place, tiny, tmp_pat
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda lines: [lines[0], ask("Another one"), lines[2]], "line 2 of .* is not the one that .* answers"),
+        (
+            lambda lines: [lines[0], ask("Another one"), lines[2]],
+            "line 2 of .* is not the one that .* answers",
+        ),
         (lambda lines: lines[1:], "line 1 of .* is not the one that .* answers"),
         (lambda lines: lines[:2], "answers line 3 of .*, which is not there"),
     ],
@@ -355,7 +383,10 @@ def test_another_input_is_noticed_and_nothing_is_done(change, sentence, place, t
     with pytest.raises(ValueError, match=sentence):
         place.write(change(MIXED[:3])).run(tiny)
     assert place.out.read_bytes() == before
-    assert sorted(path.name for path in place.out.parent.iterdir()) == ["answers.jsonl", "conversations.jsonl"]
+    assert sorted(path.name for path in place.out.parent.iterdir()) == [
+        "answers.jsonl",
+        "conversations.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -381,12 +412,17 @@ def test_a_file_of_something_else_is_not_touched(text, place, tiny):
         (["--system", "x"], "--system means nothing with --batch"),
         (["--batch", "gone.jsonl"], "there is no file gone.jsonl, which --batch names"),
         (["--batch", "."], "there is no file ., which --batch names"),
-        (["--out", "gone/answers.jsonl"], "there is no folder gone, in which --out is to be written"),
+        (
+            ["--out", "gone/answers.jsonl"],
+            "there is no folder gone, in which --out is to be written",
+        ),
         (["--out", "."], "--out names ., which is no file"),
         (["--out", "link.jsonl"], "--out names the very file that --batch names"),
     ],
 )
-def test_options_and_files_that_do_not_fit_are_one_sentence(options, sentence, place, tiny, monkeypatch):
+def test_options_and_files_that_do_not_fit_are_one_sentence(
+    options, sentence, place, tiny, monkeypatch
+):
     monkeypatch.chdir(place.batch.parent)
     os.link(place.write(MIXED[:1]).batch, "link.jsonl")
     with pytest.raises((ValueError, OSError)) as caught:

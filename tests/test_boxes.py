@@ -77,8 +77,12 @@ def test_a_quad_needs_four_points_and_its_own_end():
 coordinate = st.integers(0, 1000)
 label = st.text().map(lambda text: " ".join(text.split())).filter(lambda text: "<" not in text)
 box = st.builds(Box, label, coordinate, coordinate, coordinate, coordinate)
-box = box.map(lambda b: Box(b.label, min(b.x1, b.x2), min(b.y1, b.y2), max(b.x1, b.x2), max(b.y1, b.y2)))
-tokens = st.sampled_from([REF, REF_END, BOX, BOX_END, QUAD, QUAD_END, "(1,2)", "(1001,5)", "(", ")", ",", " ", "77"])
+box = box.map(
+    lambda b: Box(b.label, min(b.x1, b.x2), min(b.y1, b.y2), max(b.x1, b.x2), max(b.y1, b.y2))
+)
+tokens = st.sampled_from(
+    [REF, REF_END, BOX, BOX_END, QUAD, QUAD_END, "(1,2)", "(1001,5)", "(", ")", ",", " ", "77"]
+)
 
 
 @given(st.lists(box))
@@ -107,7 +111,9 @@ def test_boxes_survive_the_tokenizer_also_token_by_token(name):
     streamed = "".join(words.push(id) for id in ids) + words.finish()
     for text in (tokenizer.decode(ids, skip_special_tokens=False), streamed):
         assert find_boxes(text) == [CIRCLE._replace(label=name)]
-    assert find_boxes(tokenizer.decode(ids)) == []  # without control tokens nothing says what a number is
+    assert (
+        find_boxes(tokenizer.decode(ids)) == []
+    )  # without control tokens nothing says what a number is
 
 
 # ---------------------------------------------------------------------------------------------------------- pixels
@@ -139,15 +145,23 @@ def test_a_box_is_drawn_within_its_pixels_and_the_picture_stays_as_it_was():
     drawn = draw(picture, [Box("", 250, 250, 750, 750)])
     assert picture.getcolors() == [(400 * 200, (255, 255, 255))]
     [colour] = {pixel for _, pixel in drawn.getcolors()} - {(0, 0, 0), (255, 255, 255)}
-    inked = drawn.point(lambda value: 255 * (value != 255)).convert("L").point(lambda value: 255 * (value > 0))
+    inked = (
+        drawn.point(lambda value: 255 * (value != 255))
+        .convert("L")
+        .point(lambda value: 255 * (value > 0))
+    )
     assert inked.getbbox() == (99, 49, 301, 151)  # one black pixel around 100…300, 50…150
     for x, y in ((100, 50), (299, 149), (100, 149), (299, 50), (200, 50)):
         assert drawn.getpixel((x, y)) == colour
-    assert {drawn.getpixel(place) for place in ((99, 100), (101, 100), (300, 100), (298, 100))} == {(0, 0, 0)}
+    assert {drawn.getpixel(place) for place in ((99, 100), (101, 100), (300, 100), (298, 100))} == {
+        (0, 0, 0)
+    }
     assert drawn.getpixel((200, 100)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize("edge", [Box("", 0, 0, 1000, 1000), Box("", 1000, 1000, 1000, 1000), Box("", 0, 0, 0, 0)])
+@pytest.mark.parametrize(
+    "edge", [Box("", 0, 0, 1000, 1000), Box("", 1000, 1000, 1000, 1000), Box("", 0, 0, 0, 0)]
+)
 @pytest.mark.parametrize("size", [(1, 1), (100, 60), (3000, 20)])
 def test_a_box_at_the_border_can_be_seen(edge, size):
     drawn = draw(Image.new("RGB", size, "black"), [edge])
@@ -161,9 +175,15 @@ def test_each_label_has_its_own_light_colour():
     colours = [drawn.getpixel((299, 99 * i + 89)) for i in range(30)]  # the last pixel of each box
     assert len(set(colours)) == 30
     for colour in colours:
-        linear = [(c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
-        luminance = sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-        assert (luminance + 0.05) / 0.05 >= 4.5  # WCAG 2.1: contrast of normal text, here with black
+        linear = [
+            (c / 255 / 12.92) if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour
+        ]
+        luminance = sum(
+            weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)
+        )
+        assert (
+            luminance + 0.05
+        ) / 0.05 >= 4.5  # WCAG 2.1: contrast of normal text, here with black
 
 
 @pytest.mark.parametrize("place", [(0, 0), (1000, 0), (0, 1000), (1000, 1000), (990, 500)])
@@ -172,7 +192,9 @@ def test_a_label_stays_whole_inside_the_picture(place):
         drawn = draw(Image.new("RGB", (200, 200), "white"), [Box("a label", x, y, x, y)])
         return count(drawn, FIRST_COLOUR)
 
-    assert area_of_plate(*place) == pytest.approx(area_of_plate(500, 500), abs=3)  # it may cover the point itself
+    assert area_of_plate(*place) == pytest.approx(
+        area_of_plate(500, 500), abs=3
+    )  # it may cover the point itself
 
 
 def test_labels_of_equal_boxes_do_not_cover_each_other():
@@ -202,7 +224,9 @@ def test_a_label_without_a_font_for_it_is_drawn_as_its_number(monkeypatch):
 def test_another_font_is_taken_for_letters_that_the_first_lacks(monkeypatch):
     own = boxes.load_font(None, 12)
     other = object()
-    monkeypatch.setattr(boxes, "load_font", lambda name, size: other if name == boxes.FONTS[1] else own)
+    monkeypatch.setattr(
+        boxes, "load_font", lambda name, size: other if name == boxes.FONTS[1] else own
+    )
     monkeypatch.setattr(boxes, "has_letters", lambda font, text: font is other or text.isascii())
     assert boxes.font_for("plain", 12) is own
     assert boxes.font_for("é", 12) is other
@@ -223,7 +247,9 @@ def test_what_is_transparent_is_drawn_white():
 # ---------------------------------------------------------------------------------------------------------- saving
 
 
-@pytest.mark.parametrize(("name", "format"), [("out.png", "PNG"), ("out.JPG", "JPEG"), ("out.webp", "WEBP")])
+@pytest.mark.parametrize(
+    ("name", "format"), [("out.png", "PNG"), ("out.JPG", "JPEG"), ("out.webp", "WEBP")]
+)
 def test_the_ending_decides_the_format(tmp_path, name, format):
     save(Image.new("RGB", (60, 40)), [CIRCLE], tmp_path / name)
     with Image.open(tmp_path / name) as written:
@@ -240,7 +266,9 @@ def test_an_unknown_ending_is_said_before_anything_is_written(tmp_path, name):
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
     picture = Image.new("RGB", (60, 40))
-    with pytest.raises(FileNotFoundError, match=r"cannot write .*out\.png: there is no folder .*missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot write .*out\.png: there is no folder .*missing"
+    ):
         save(picture, [], tmp_path / "missing" / "out.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(OSError, match=r"^cannot write .*folder\.png: Is a directory$"):
@@ -253,7 +281,9 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_an_answer_is_said_in_pixels_and_drawn(monkeypatch, tmp_path, capsys):
-    tokens = Tokenizer.from_pretrained(TINY).encode(ANSWER + "<|im_end|>")  # the bundled model has not learned boxes
+    tokens = Tokenizer.from_pretrained(TINY).encode(
+        ANSWER + "<|im_end|>"
+    )  # the bundled model has not learned boxes
     monkeypatch.setattr(generate, "stream", lambda *_: ([token] for token in tokens))
     assert generate.main(["--image", str(PICTURE), "--draw", str(tmp_path / "out.png")]) == 0
     out, err = capsys.readouterr()

@@ -89,7 +89,9 @@ media = st.one_of(
     st.builds(picture, seeds, st.sampled_from([56, 84]), st.sampled_from([56, 84])),
     st.builds(clip, seeds, st.integers(1, 9)),
 )
-turns = st.lists(st.tuples(st.text(max_size=12), st.lists(media, max_size=2)), min_size=2, max_size=4)
+turns = st.lists(
+    st.tuples(st.text(max_size=12), st.lists(media, max_size=2)), min_size=2, max_size=4
+)
 ways = st.sampled_from(
     [
         Sampling(),
@@ -101,7 +103,13 @@ ways = st.sampled_from(
 
 
 @settings(max_examples=40)
-@given(turns, ways, st.sampled_from([*CONFIGS]), st.sampled_from([torch.float32, torch.float64]), st.booleans())
+@given(
+    turns,
+    ways,
+    st.sampled_from([*CONFIGS]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.booleans(),
+)
 def test_every_turn_equals_a_fresh_run(turns, sampling, name, dtype, add_vision_id):
     """The answers of a random model are not the canonical ids of their text, and hold control tokens."""
     chat = Chat(model_of(name, dtype, ends=range(60)), PROCESSOR, sampling, 12, add_vision_id)
@@ -113,7 +121,9 @@ def test_every_turn_equals_a_fresh_run(turns, sampling, name, dtype, add_vision_
 def test_a_turn_runs_only_its_own_tokens_and_patches():
     model = model_of()
     chat, decoder, tower = Chat(model, PROCESSOR, Sampling(), 6), [], []
-    model.model.layers[0].register_forward_hook(lambda module, args, out: decoder.append(out.shape[1]))
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, out: decoder.append(out.shape[1])
+    )
     model.visual.register_forward_hook(lambda module, args, out: tower.append(len(args[0])))
     prompt = 0
     for items in ([picture(1)], [], [clip(2), picture(3, 84, 84)]):
@@ -144,7 +154,9 @@ def test_an_answer_in_other_ids_than_its_text_is_encoded_in_is_cut_off(monkeypat
     answer, expected = turn(chat, "And now?")
     assert answer == expected
     assert chat.cached_ids[prompt : prompt + 2] == whole
-    assert len(chat.cached_ids) == prompt - len(parts) + chat.ran.input_ids.shape[1] + len(parts) + 7
+    assert (
+        len(chat.cached_ids) == prompt - len(parts) + chat.ran.input_ids.shape[1] + len(parts) + 7
+    )
 
 
 def test_an_answer_that_melts_into_the_prompt_is_cut_off_with_it(monkeypatch):
@@ -190,14 +202,18 @@ def test_a_turn_that_breaks_is_withdrawn(step):
         if len(runs) == step + 1:
             raise KeyboardInterrupt
 
-    hook = model.model.layers[1].register_forward_hook(break_off)  # the first layer's keys are in the cache by then
+    hook = model.model.layers[1].register_forward_hook(
+        break_off
+    )  # the first layer's keys are in the cache by then
     with suppress(KeyboardInterrupt):
         list(chat.ask("And now?"))
     hook.remove()
     assert len(runs) == step + 1
     assert (chat.messages, chat.waiting) == (messages, waiting)
     chat.waiting = []
-    answer, expected = turn(chat, "And now?", picture(2))  # of the same size: the same ids, but not the same picture
+    answer, expected = turn(
+        chat, "And now?", picture(2)
+    )  # of the same size: the same ids, but not the same picture
     assert answer == expected
 
 
@@ -248,10 +264,13 @@ def talk(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("/nonsense", "there is no command /nonsense; /help lists them (a question may begin with //)"),
+        (
+            "/nonsense",
+            "there is no command /nonsense; /help lists them (a question may begin with //)",
+        ),
         ("/image", "/image needs a file: /image FILE"),
         ("/video  ", "/video needs a file: /video FILE"),
-        ("/image missing.png", "there is no picture at missing.png"),
+        ("/image missing.png", "there is no image at missing.png"),
         ("/save", "/save needs a file: /save FILE"),
         ("/save talk.json", "there is nothing to save yet"),
         ("not \udcff Unicode", "this is not a valid Unicode string: 'user"),
@@ -267,7 +286,7 @@ def test_a_mistake_is_one_sentence_and_the_chat_goes_on(talk, line, sentence):
 def test_a_wrong_path_on_the_command_line_ends_the_program(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
     assert command.main(["--chat", "--quiet", "--image", "missing.png"]) == 2
-    assert capsys.readouterr() == ("", "generate.py: there is no picture at missing.png\n")
+    assert capsys.readouterr() == ("", "generate.py: there is no image at missing.png\n")
 
 
 def test_running_out_of_memory_ends_the_answer_alone(talk, monkeypatch):
@@ -288,7 +307,16 @@ def test_what_was_saved_is_the_conversation(talk):
     Path("clip").mkdir()
     for n in range(6):
         Image.fromarray(pixels(n, 56, 56)).save(f"clip/{n}.png")
-    options = ["--image", "shapes.png", "--prompt", "/How many?", "--system", "Be brief.", "--nframes", "4"]
+    options = [
+        "--image",
+        "shapes.png",
+        "--prompt",
+        "/How many?",
+        "--system",
+        "Be brief.",
+        "--nframes",
+        "4",
+    ]
     options += ["--dtype", "float32"]
     talk("/image 'my picture.png'", "/video clip", "//éh?", "", "/save talk.json", options=options)
     [line] = Path("talk.json").read_text(encoding="utf-8").splitlines()
@@ -298,7 +326,10 @@ def test_what_was_saved_is_the_conversation(talk):
     assert system == {"role": "system", "content": "Be brief."}
     image = {"type": "image", "image": "shapes.png"}
     assert first == {"role": "user", "content": [image, {"type": "text", "text": "/How many?"}]}
-    items = [{"type": "image", "image": "my picture.png"}, {"type": "video", "video": "clip", "nframes": 4}]
+    items = [
+        {"type": "image", "image": "my picture.png"},
+        {"type": "video", "video": "clip", "nframes": 4},
+    ]
     assert second == {"role": "user", "content": [*items, {"type": "text", "text": "/éh?"}]}
     model = command.load_model(command.TINY, dtype=torch.float32)
     for said, before in ((answer, messages[:2]), (last, messages[:4])):
@@ -326,10 +357,20 @@ def test_pictures_wait_for_a_question_and_reset_forgets_them(talk):
 
 
 def test_quiet_leaves_the_answers_and_else_what_came_in_is_told(talk):
-    lines = ("/image shapes.png", "How many shapes are there?", "How many shapes are there?", "/help")
+    lines = (
+        "/image shapes.png",
+        "How many shapes are there?",
+        "How many shapes are there?",
+        "/help",
+    )
     said = talk(*lines, options=())
     assert said.out == "Four.\nFour.\n"
-    for part in ("shapes.png: 200×136 pixels", "62 tokens in, 3 out", "16 tokens in, 3 out", "/video FILE"):
+    for part in (
+        "shapes.png: 200×136 pixels",
+        "62 tokens in, 3 out",
+        "16 tokens in, 3 out",
+        "/video FILE",
+    ):
         assert part in said.err
     assert talk(*lines[:-1]) == ("Four.\nFour.\n", "")
 
@@ -365,14 +406,21 @@ def endless(tmp_path_factory):
 
 
 def start(*options, before=(), **ends):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "TERM": "dumb"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+        "TERM": "dumb",
+    }
     line = [*before, sys.executable, str(ROOT / "generate.py"), "--chat", *map(str, options)]
     return subprocess.Popen(line, env=environment, bufsize=0, **ends)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(endless, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with start("--model", endless, "--max-new-tokens", 20000, "--prompt", "hello", "--quiet", **pipes) as process:
+    with start(
+        "--model", endless, "--max-new-tokens", 20000, "--prompt", "hello", "--quiet", **pipes
+    ) as process:
         first = process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(f"/save {tmp_path}/talk.json\n".encode())
@@ -393,7 +441,9 @@ def test_a_second_ctrl_c_breaks_off_at_once():
 
     model.model.layers[1].register_forward_hook(press)
     before = signal.getsignal(signal.SIGINT)
-    chat_module.answer(chat, "What?", lambda line: None)  # the first one: the token that was on its way is the last
+    chat_module.answer(
+        chat, "What?", lambda line: None
+    )  # the first one: the token that was on its way is the last
     assert (len(presses), chat.messages[-1]["role"]) == (4, "assistant")
     presses[:] = [1] * 3
     messages = chat.messages
@@ -464,4 +514,8 @@ def test_a_terminal_has_a_prompt_that_ctrl_c_clears(endless, tmp_path, redirecte
             os.close(terminal)
         file.seek(0)
         written = file.read()
-    assert (written.startswith(b"A blue triangle") and written.count(b"\n") == 1) if redirected else written == b""
+    assert (
+        (written.startswith(b"A blue triangle") and written.count(b"\n") == 1)
+        if redirected
+        else written == b""
+    )

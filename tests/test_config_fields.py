@@ -67,7 +67,9 @@ def cached(model, batch, ids, prefill):
     mask = torch.ones_like(ids)
     if "attention_mask" in batch:
         mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
-    kv = KVCache(model.config, rows=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype)
+    kv = KVCache(
+        model.config, rows=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype
+    )
     first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
     steps = [model(**first, cache=kv)]
     for i in range(prefill, ids.shape[1]):
@@ -78,7 +80,10 @@ def cached(model, batch, ids, prefill):
 # -------------------------------------------------------------------------------------------------- rope types
 
 TRAINED = 24  # tokens; some rows below are shorter, some longer
-LISTS = {"short_factor": [1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2], "long_factor": [1, 1.5, 2, 2.5, 3, 4, 6, 8]}
+LISTS = {
+    "short_factor": [1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2],
+    "long_factor": [1, 1.5, 2, 2.5, 3, 4, 6, 8],
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 ROPES = {
@@ -92,8 +97,17 @@ ROPES = {
     "yarn, no factor": YARN | {"factor": None, "original_max_position_embeddings": 10},
     "yarn, no original length": {"type": "yarn", "factor": 4.0},
     "llama3": {"rope_type": "llama3", "factor": 8.0, **LLAMA3},
-    "longrope": {"type": "longrope", **LISTS, "original_max_position_embeddings": TRAINED, "factor": 4.0},
-    "longrope, no factor": {"type": "longrope", **LISTS, "original_max_position_embeddings": TRAINED // 2},
+    "longrope": {
+        "type": "longrope",
+        **LISTS,
+        "original_max_position_embeddings": TRAINED,
+        "factor": 4.0,
+    },
+    "longrope, no factor": {
+        "type": "longrope",
+        **LISTS,
+        "original_max_position_embeddings": TRAINED // 2,
+    },
     "longrope, attention_factor": {"rope_type": "longrope", **LISTS, "attention_factor": 0.8},
 }
 # As in the other tests: a number is so many words, a picture is (height, width) in tokens.
@@ -102,7 +116,9 @@ SHORT, LONG = [6, ("image", 2, 3), 5], [9, ("image", 3, 4), 40, ("image", 1, 9),
 
 def rope_config(name):
     scaling = copy.deepcopy(ROPES[name]) | {"mrope_section": [2, 3, 3]}
-    return small_config(layers=3, rope_theta=1e4, max_position_embeddings=TRAINED, rope_scaling=scaling)
+    return small_config(
+        layers=3, rope_theta=1e4, max_position_embeddings=TRAINED, rope_scaling=scaling
+    )
 
 
 @pytest.fixture
@@ -137,7 +153,9 @@ def test_float64_stays_float64_in_every_rope_type(name, unrounded):
     for parts in (SHORT, LONG):
         batch = make_batch([random_row(config, parts)], torch.float64)
         logits = model(**batch)
-        torch.set_default_dtype(torch.double)  # what the reference gets when it divides two integers
+        torch.set_default_dtype(
+            torch.double
+        )  # what the reference gets when it divides two integers
         expected = helpers.reference_logits(reference(config, torch.float64), config, batch)
         torch.set_default_dtype(torch.float32)
         assert logits.dtype == expected.dtype == torch.float64
@@ -165,7 +183,10 @@ def test_cached_decoding_across_the_trained_length_is_the_reference_s(name):
 def test_the_length_is_that_of_the_row_and_of_the_call(name):
     """Neither a longer row in the batch nor a longer call before changes the frequencies."""
     config = rope_config(name)
-    model, rows = ours(config, torch.float64), [random_row(config, parts) for parts in (SHORT, LONG, [30])]
+    model, rows = (
+        ours(config, torch.float64),
+        [random_row(config, parts) for parts in (SHORT, LONG, [30])],
+    )
     together = model(**make_batch(rows, torch.float64))
     for row, logits in zip(rows, together, strict=True):
         assert gap(logits[-len(row["ids"]) :], model(**make_batch([row], torch.float64))[0]) <= SAME
@@ -184,7 +205,9 @@ def test_both_spellings_mean_the_same(tmp_path):
         {"rope_parameters": renamed | {"rope_theta": 1e4}, "rope_theta": None},
         {"text_config": {"rope_parameters": renamed | {"rope_theta": 1e4}}, "rope_theta": None},
     ):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config | rope))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "qwen2_vl"} | config | rope)
+        )
         read = asdict(load_config(tmp_path))
         assert read["rope_theta"] == 1e4
         assert gap(ours(read)(**batch), logits) == 0
@@ -193,7 +216,9 @@ def test_both_spellings_mean_the_same(tmp_path):
 def test_without_a_section_the_reference_s_default(tmp_path):
     config = small_config(heads=2, kv_heads=1, width=128, sections=(16, 24, 24))
     for rope in ({"rope_scaling": None}, {"rope_scaling": {"type": "linear", "factor": 2}}):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | config | rope))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": "qwen2_vl"} | config | rope)
+        )
         assert load_config(tmp_path).rope_scaling["mrope_section"] == [16, 24, 24]
 
 
@@ -208,11 +233,23 @@ def test_without_a_section_the_reference_s_default(tmp_path):
         ("llama3", {"low_freq_factor": 4.0}, "low_freq_factor must be below its high_freq_factor"),
         ("longrope", {"short_factor": ...}, "type 'longrope' lacks the field short_factor"),
         ("longrope", {"long_factor": ...}, "type 'longrope' lacks the field long_factor"),
-        ("longrope", {"long_factor": [1, 2]}, r"long_factor must be a list of 8 numbers, is \[1, 2\]"),
+        (
+            "longrope",
+            {"long_factor": [1, 2]},
+            r"long_factor must be a list of 8 numbers, is \[1, 2\]",
+        ),
         ("longrope", {"long_factor": [0] * 8}, "long_factor must be positive"),
         ("linear", {"factor": "2"}, "factor must be positive, is '2'"),
-        ("yarn", {"original_max_position_embeddings": -1}, "original_max_position_embeddings must be positive"),
-        ("yarn", {"type": "proportional"}, "rope type is 'proportional', supported are default, mrope, linear"),
+        (
+            "yarn",
+            {"original_max_position_embeddings": -1},
+            "original_max_position_embeddings must be positive",
+        ),
+        (
+            "yarn",
+            {"type": "proportional"},
+            "rope type is 'proportional', supported are default, mrope, linear",
+        ),
     ],
 )
 def test_rope_fields_that_are_missing_or_make_no_sense_are_named(name, change, message):
@@ -235,7 +272,9 @@ def test_an_unknown_rope_field_is_named():
 SLIDING = small_config(layers=3, use_sliding_window=True, sliding_window=7, max_window_layers=1)
 ROWS = [
     random_row(SLIDING, parts, seed)
-    for seed, parts in enumerate(([23], [5, ("image", 3, 4), 4], [2, ("video", 2, 2, 2), 3, ("image", 2, 2), 11]))
+    for seed, parts in enumerate(
+        ([23], [5, ("image", 3, 4), 4], [2, ("video", 2, 2, 2), 3, ("image", 2, 2), 11])
+    )
 ]
 
 
@@ -254,8 +293,16 @@ def test_the_window_is_the_formula_s(attention, flash):
 def test_only_the_layers_from_max_window_layers_on_have_it(layers, attention, flash):
     config = SLIDING | {"max_window_layers": layers}
     expected = helpers.oracle_run(config, weights(), ROWS[0])["logits"]
-    assert gap(ours(config, torch.float64, attention)(**make_batch(ROWS[:1], torch.float64))[0], expected) <= FLOAT64
-    full = ours(SLIDING | {"use_sliding_window": False}, torch.float64)(**make_batch(ROWS[:1], torch.float64))[0]
+    assert (
+        gap(
+            ours(config, torch.float64, attention)(**make_batch(ROWS[:1], torch.float64))[0],
+            expected,
+        )
+        <= FLOAT64
+    )
+    full = ours(SLIDING | {"use_sliding_window": False}, torch.float64)(
+        **make_batch(ROWS[:1], torch.float64)
+    )[0]
     assert (gap(full, expected) <= FLOAT64) == (layers == 3)
 
 
@@ -285,14 +332,18 @@ def test_cached_decoding_with_a_window_is_the_run_without_cache(rows, attention,
     mask = torch.ones_like(ids)
     mask[:, :-12] = batch.get("attention_mask", mask[:, :-12])
     whole = model(**batch | {"input_ids": ids, "attention_mask": mask})
-    assert gap(cached(model, batch, ids, ids.shape[1] - 12)[mask.bool()], whole[mask.bool()]) <= SAME
+    assert (
+        gap(cached(model, batch, ids, ids.shape[1] - 12)[mask.bool()], whole[mask.bool()]) <= SAME
+    )
 
 
 @pytest.mark.parametrize("attention", WAYS)
 def test_the_window_counts_no_padding_between_the_turns_of_a_chat(attention, flash):
     """Two rows, three turns of different lengths in one cache: each row as if it were alone and without cache."""
     model, kv = ours(SLIDING, torch.float64, attention), None
-    turns = [[random_row(SLIDING, [n], 10 * n) for n in lengths] for lengths in ((4, 9), (8, 1), (2, 6))]
+    turns = [
+        [random_row(SLIDING, [n], 10 * n) for n in lengths] for lengths in ((4, 9), (8, 1), (2, 6))
+    ]
     kv = KVCache(model.config, rows=2, max_length=64, dtype=torch.float64)
     mask, out = torch.zeros(2, 0, dtype=torch.long), [[], []]
     for turn in turns:
@@ -306,7 +357,9 @@ def test_the_window_counts_no_padding_between_the_turns_of_a_chat(attention, fla
         assert gap(torch.cat(row), alone) <= SAME
 
 
-@pytest.mark.parametrize(("window", "masked"), [(7, [False, True, True]), (23, [False] * 3), (400, [False] * 3)])
+@pytest.mark.parametrize(
+    ("window", "masked"), [(7, [False, True, True]), (23, [False] * 3), (400, [False] * 3)]
+)
 def test_layers_without_a_window_stay_without_a_mask(window, masked, monkeypatch):
     """And so do those with a window that leaves nothing out."""
     seen, original = [], torch.nn.functional.scaled_dot_product_attention
@@ -340,7 +393,11 @@ def test_attention_dropout_is_for_training_only(attention, flash, monkeypatch):
 
         def watched(*args, **named):
             seen.append(args[1] if name == "dropout" else named.get(argument, 0.0))
-            return original(*args, **named) if owner is not flash else original(*args, **named | {argument: 0.0})
+            return (
+                original(*args, **named)
+                if owner is not flash
+                else original(*args, **named | {argument: 0.0})
+            )
 
         monkeypatch.setattr(owner, name, watched)
 
@@ -350,7 +407,10 @@ def test_attention_dropout_is_for_training_only(attention, flash, monkeypatch):
         watch(torch.nn.functional, "scaled_dot_product_attention", "dropout_p")
     else:
         watch(flash, "flash_attn_varlen_func", "dropout_p")
-    model, batch = ours(SLIDING | {"attention_dropout": 0.5}, attention=attention), make_batch(ROWS[1:2])
+    model, batch = (
+        ours(SLIDING | {"attention_dropout": 0.5}, attention=attention),
+        make_batch(ROWS[1:2]),
+    )
     logits = model(**batch)
     assert set(seen) == {0.0}
     assert gap(logits, ours(SLIDING, attention=attention)(**batch)) == 0
@@ -367,7 +427,9 @@ def test_activations_are_those_of_the_reference_by_name():
     for name, function in ACTIVATIONS.items():
         assert gap(function(x), activations.ACT2FN[name](x)) <= FLOAT64, name
     for name in sorted(activations.ACT2CLS.keys() - ACTIVATIONS.keys()):
-        with pytest.raises(ValueError, match=f"hidden_act is one of .*{name}.*supported are silu, "):
+        with pytest.raises(
+            ValueError, match=f"hidden_act is one of .*{name}.*supported are silu, "
+        ):
             our_config(small_config(hidden_act=name))
 
 
@@ -376,7 +438,10 @@ def test_both_towers_use_the_activation_that_the_config_names(text, vision):
     config = small_config(layers=3, hidden_act=text)
     config["vision_config"]["hidden_act"] = vision
     batch = make_batch(ROWS[1:2])
-    assert gap(ours(config)(**batch), helpers.reference_logits(reference(config), config, batch)) <= FLOAT32
+    assert (
+        gap(ours(config)(**batch), helpers.reference_logits(reference(config), config, batch))
+        <= FLOAT32
+    )
 
 
 # ----------------------------------------------------------------------------------------------- unknown fields
@@ -452,9 +517,13 @@ def test_what_the_reference_saves_comes_back(config, tmp_path):
 def test_layer_types_must_agree(write):
     types = ["full_attention", "sliding_attention", "sliding_attention"]
     assert load_config(write(SLIDING | {"layer_types": types})).window(1) == 7
-    for config in (SLIDING | {"layer_types": types[::-1]}, small_config(layers=3, layer_types=types)):
+    for config in (
+        SLIDING | {"layer_types": types[::-1]},
+        small_config(layers=3, layer_types=types),
+    ):
         with pytest.raises(
-            ValueError, match=r"config.json: layer_types is \['.*sliding_window and max_window_layers"
+            ValueError,
+            match=r"config.json: layer_types is \['.*sliding_window and max_window_layers",
         ):
             load_config(write(config))
 
@@ -466,5 +535,7 @@ def test_another_theta_of_the_vision_tower_is_refused(write):
         if theta == 10000:
             load_config(write(config))
         else:
-            with pytest.raises(ValueError, match=r"vision_config's rope_theta is 500.0, supported is 10000"):
+            with pytest.raises(
+                ValueError, match=r"vision_config's rope_theta is 500.0, supported is 10000"
+            ):
                 load_config(write(config))

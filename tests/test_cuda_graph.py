@@ -36,7 +36,9 @@ def prefill(model, config, rows, room):
         stored.fill_(float("nan"))  # as new memory may be
     inputs.setdefault("attention_mask", torch.ones(count, length, dtype=torch.long))
     model(cache=cache, **inputs)
-    return cache, torch.cat((inputs["attention_mask"], torch.ones(count, room, dtype=torch.long)), dim=1)
+    return cache, torch.cat(
+        (inputs["attention_mask"], torch.ones(count, room, dtype=torch.long)), dim=1
+    )
 
 
 def decode(model, cache, mask, ids):
@@ -81,7 +83,9 @@ def test_a_cache_that_was_cut_back_or_prolonged_between_steps_is_seen_as_it_is()
         cache.next_position = cache.next_position - 3
         cache.length -= 3
         second = decode(model, cache, mask, ids)
-        model(input_ids=torch.tensor([[7, 8, 9]]), cache=cache)  # more than one token: the plain way
+        model(
+            input_ids=torch.tensor([[7, 8, 9]]), cache=cache
+        )  # more than one token: the plain way
         found.append(torch.cat((first, second, decode(model, cache, mask, ids))))
     assert (found[1] - found[0]).abs().max() < 1e-5
 
@@ -113,7 +117,9 @@ def test_a_full_cache_is_named():
 
 
 def test_on_a_cpu_it_says_that_nothing_is_recorded():
-    with pytest.warns(UserWarning, match="CUDA graph: the model is on cpu, its steps are computed without one"):
+    with pytest.warns(
+        UserWarning, match="CUDA graph: the model is on cpu, its steps are computed without one"
+    ):
         pair("plain")
 
 
@@ -125,16 +131,34 @@ def test_a_sliding_window_is_refused():
 
 def test_whole_answers_are_the_same_for_a_batch_with_sampling_too():
     processor = Processor.from_pretrained(TINY)
-    picture = [{"type": "image", "image": "examples/shapes.png"}, {"type": "text", "text": "Describe the image."}]
-    batch = processor([[{"role": "user", "content": picture}], [{"role": "user", "content": "What is this?"}]])
+    picture = [
+        {"type": "image", "image": "examples/shapes.png"},
+        {"type": "text", "text": "Describe the image."},
+    ]
+    batch = processor(
+        [[{"role": "user", "content": picture}], [{"role": "user", "content": "What is this?"}]]
+    )
     plain, quick = load_model(TINY, "cpu", torch.float32), load_model(TINY, "cpu", torch.float32)
     cuda_graph.use(quick)
-    for sampling in (Sampling(), Sampling(do_sample=True, temperature=1.5, seed=3, repetition_penalty=1.2)):
-        assert generate.generate(quick, batch, 40, sampling) == generate.generate(plain, batch, 40, sampling)
+    for sampling in (
+        Sampling(),
+        Sampling(do_sample=True, temperature=1.5, seed=3, repetition_penalty=1.2),
+    ):
+        assert generate.generate(quick, batch, 40, sampling) == generate.generate(
+            plain, batch, 40, sampling
+        )
 
 
 def test_the_command_line_takes_it(capsys):
-    options = ["--image", "examples/shapes.png", "--prompt", "Describe the image.", "--device", "cpu", "--cuda-graph"]
+    options = [
+        "--image",
+        "examples/shapes.png",
+        "--prompt",
+        "Describe the image.",
+        "--device",
+        "cpu",
+        "--cuda-graph",
+    ]
     assert generate.main(options) == 0
     assert capsys.readouterr().out.startswith("A blue triangle at the top left")
     for other in ("--logprobs", "--explain"):

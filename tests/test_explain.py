@@ -20,7 +20,9 @@ EXAMPLES = TINY.parent.parent / "examples"
 def clip(processor, frames, rows=4, cols=6, name="walk.mp4"):
     """A film of coloured squares, ready for the model, at two frames a second; rows and cols count tokens."""
     side = processor.image_config.factor
-    squares = np.random.default_rng(frames).integers(0, 256, (frames, rows, cols, 3), dtype=np.uint8)
+    squares = np.random.default_rng(frames).integers(
+        0, 256, (frames, rows, cols, 3), dtype=np.uint8
+    )
     pixels = squares.repeat(side, axis=1).repeat(side, axis=2)
     cut = patchify(normalise(pixels, processor.image_config), processor.image_config)
     return Media(*cut, name, (cols * side, rows * side), [n / 2 for n in range(frames)])
@@ -72,7 +74,9 @@ def test_operations_equal_those_worked_out_on_paper():
     # C 64, 4 heads over 2 of width 16, inner 48, 2 layers, 61 words; E 32, 2 heads, inner 64, depth 2.
     config = small_config()
     model = our_model(config, random_weights(config))
-    batch = small_batch(config, [2, ("image", 2, 3), 3])  # 24 patches; 13 tokens, 6 of them of the picture
+    batch = small_batch(
+        config, [2, ("image", 2, 3), 3]
+    )  # 24 patches; 13 tokens, 6 of them of the picture
     trace, _ = traced(model, batch, tokens=3)
     [tower], (prefill, first, second) = trace.vision, trace.decoder
     assert {stage: trace.operations(tower, stage) for stage in VISION} == {
@@ -88,14 +92,20 @@ def test_operations_equal_those_worked_out_on_paper():
         "norm": 0,
         "lm_head": 2 * 64 * 61,  # of the last token alone
     }
-    assert trace.operations(first, "layers") == 2 * (8_192 + 2 * 4_096 + 4 * 64 * 14 + 8_192 + 3 * 6_144)
-    assert trace.operations(second, "layers") - trace.operations(first, "layers") == 2 * 4 * 64  # one look more
+    assert trace.operations(first, "layers") == 2 * (
+        8_192 + 2 * 4_096 + 4 * 64 * 14 + 8_192 + 3 * 6_144
+    )
+    assert (
+        trace.operations(second, "layers") - trace.operations(first, "layers") == 2 * 4 * 64
+    )  # one look more
 
 
 def test_looks_of_a_clip_stay_within_its_frames():
     config = small_config()
     model = our_model(config, random_weights(config))
-    trace, _ = traced(model, small_batch(config, [("video", 3, 2, 2), ("image", 1, 2), 2]), tokens=1)
+    trace, _ = traced(
+        model, small_batch(config, [("video", 3, 2, 2), ("image", 1, 2), 2]), tokens=1
+    )
     assert [tower.looks for tower in trace.vision] == [8 * 8, 3 * 16 * 16]  # pictures first
 
 
@@ -108,25 +118,37 @@ def test_parameters_of_the_stages_sum_to_the_models(shape):
 
 def test_steps_seen_sum_to_the_parameters_of_their_stage(tiny, processor):
     trace, _ = traced(tiny, conversation(processor, "shapes", 3))
-    for one, stages in ((trace.vision[0], VISION), (trace.vision[1], VISION), (trace.decoder[0], DECODER)):
+    for one, stages in (
+        (trace.vision[0], VISION),
+        (trace.vision[1], VISION),
+        (trace.decoder[0], DECODER),
+    ):
         for stage in stages:
             modules = trace.stages()[stage]
-            assert len(modules) * sum(step.parameters for step in one.steps[stage]) == trace.parameters(stage)
+            assert len(modules) * sum(
+                step.parameters for step in one.steps[stage]
+            ) == trace.parameters(stage)
             assert one.seconds[stage] > 0
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_quantised_matrices_take_the_same_operations_and_own_what_they_store(tiny, processor, bits):
-    batch, model = conversation(processor, "small"), load_model(TINY, "cpu", torch.float32, quantize=bits)
+    batch, model = (
+        conversation(processor, "small"),
+        load_model(TINY, "cpu", torch.float32, quantize=bits),
+    )
     model.generation_config = tiny.generation_config
     (one, _), (other, ids) = (traced(each, batch, 2) for each in (tiny, model))
     for before, after in zip(one.decoder, other.decoder, strict=True):
-        assert {s: one.operations(before, s) for s in DECODER} == {s: other.operations(after, s) for s in DECODER}
+        assert {s: one.operations(before, s) for s in DECODER} == {
+            s: other.operations(after, s) for s in DECODER
+        }
     assert sum(map(other.parameters, other.stages())) == sum(p.numel() for p in model.parameters())
     assert other.parameters("lm_head") > 0 == one.parameters("lm_head")
     kind = {"int8": "int8", "int4": "uint8"}[bits]
-    assert f" in float32 on cpu, sdpa attention, the decoder's matrices as {kind} with" in other.page(
-        processor, batch, ids
+    assert (
+        f" in float32 on cpu, sdpa attention, the decoder's matrices as {kind} with"
+        in other.page(processor, batch, ids)
     )
 
 
@@ -156,32 +178,48 @@ def test_the_page_fits_and_tells_the_numbers(tiny, processor, media):
     middle = ["PATCHES", "VISION TOWER"] if media else []
     rest = ["PROMPT", "POSITIONS", "DECODER, PREFILL", "DECODE", "ANSWER"]
     assert titles == ["THE MODEL", "PICTURE", *middle, *rest]
-    total, vision = batch.input_ids.shape[1], {tiny.config.image_token_id, tiny.config.video_token_id}
+    total, vision = (
+        batch.input_ids.shape[1],
+        {tiny.config.image_token_id, tiny.config.video_token_id},
+    )
     assert f"PROMPT   {total:,} tokens" in page
-    assert sum(int(n.replace(",", "")) for n in re.findall(r"^  \w+ +([\d,]+) tokens: ", page, re.M)) == total
+    assert (
+        sum(int(n.replace(",", "")) for n in re.findall(r"^  \w+ +([\d,]+) tokens: ", page, re.M))
+        == total
+    )
     control = [id for id in batch.input_ids[0] if id in processor.tokenizer.special_ids - vision]
     assert sum(int(n) for n in re.findall(r"(\d+) control", page)) == len(control)
     positions, delta = get_rope_index(tiny.config, *(None if x is None else torch.tensor(x) for x in (
         batch.input_ids, batch.image_grid_thw, batch.video_grid_thw)))  # fmt: skip
     assert (
-        f"goes on at {positions.max() + 1} on all three: {total} tokens before it, rope delta {delta.item()}" in page
+        f"goes on at {positions.max() + 1} on all three: {total} tokens before it, rope delta {delta.item()}"
+        in page
     )
     assert f"{sum(p.numel() for p in tiny.parameters()):,} parameters in float32 on cpu" in page
-    assert f"cache: {2 * 4 * (total + 40) * 64 * 4:,} bytes = {total + 40:,} tokens ({total + 39:,} filled)" in page
+    assert (
+        f"cache: {2 * 4 * (total + 40) * 64 * 4:,} bytes = {total + 40:,} tokens ({total + 39:,} filled)"
+        in page
+    )
     assert f"  input_ids int64 [1, {total}], attention_mask int64 [1, {total}]\n" in page
     assert f"  position_ids int64 [3, 1, {total}]\n" in page
     for name in ("image_grid_thw", "video_grid_thw"):
         if (x := getattr(batch, name)) is not None:
             assert f"{name} int64 [{len(x)}, 3]" in page
-    turned = [[len(x), 32] for x in (batch.pixel_values, batch.pixel_values_videos) if x is not None][:1]
+    turned = [
+        [len(x), 32] for x in (batch.pixel_values, batch.pixel_values_videos) if x is not None
+    ][:1]
     turned.append([1, 1, total, 32])
-    assert re.findall(r"^ +cos, sin of its rope +(\[.+\]) +float32$", page, re.M) == [str(shape) for shape in turned]
+    assert re.findall(r"^ +cos, sin of its rope +(\[.+\]) +float32$", page, re.M) == [
+        str(shape) for shape in turned
+    ]
     for x in (batch.pixel_values, batch.pixel_values_videos):
         assert x is None or f"float32 {list(x.shape)}, from {x.min():.2f} to {x.max():.2f}" in page
     for run in runs(batch, tiny.config)[:3]:
         t, y, x = (sorted(set(axis.tolist())) for axis in positions[:, 0, run.start : run.end])
         spans = [f"{axis[0]}…{axis[-1]}" if len(axis) > 1 else f"{axis[0]}" for axis in (t, y, x)]
-        assert re.search(rf"^  {run.start}…{run.end - 1} +{run.name} +{' +'.join(spans)}$", page, re.M)
+        assert re.search(
+            rf"^  {run.start}…{run.end - 1} +{run.name} +{' +'.join(spans)}$", page, re.M
+        )
         if run.media is not None:
             t, h, w = run.media.grid
             row = rf"{run.name} .*{w * 14}×{h * 14} +{t}×{h}×{w} +{t * h * w} +{run.end - run.start}   .*\.(png|mp4)"
@@ -199,7 +237,10 @@ def test_chances_are_the_models():
     model = our_model(config, random_weights(config))
     batch = small_batch(config, [2, ("image", 2, 3), 3])
     trace, ids = traced(model, batch, tokens=2)
-    inputs = {"pixel_values": torch.tensor(batch.pixel_values), "image_grid_thw": torch.tensor(batch.image_grid_thw)}
+    inputs = {
+        "pixel_values": torch.tensor(batch.pixel_values),
+        "image_grid_thw": torch.tensor(batch.image_grid_thw),
+    }
     with torch.no_grad():
         logits = model(torch.tensor([[*batch.input_ids[0].tolist(), ids[0]]]), **inputs)[0, -2:]
     for (values, best), wanted in zip(trace.guesses, logits.softmax(-1), strict=True):

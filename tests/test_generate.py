@@ -9,14 +9,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import SHAPES, make_batch, our_model, random_row, random_weights, reference_model, token_types
+from helpers import (
+    SHAPES,
+    make_batch,
+    our_model,
+    random_row,
+    random_weights,
+    reference_model,
+    token_types,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import generate as command
 from extras import command_line
-from generate import Sampling, choose, generate, next_token_probabilities, penalise_repetition, stream
+from generate import (
+    Sampling,
+    choose,
+    generate,
+    next_token_probabilities,
+    penalise_repetition,
+    stream,
+)
 from preprocess import Batch
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +102,9 @@ def test_vision_runs_once_and_only_the_last_position_is_scored():
     seen = {"visual": [], "head": [], "layer": []}
     model.visual.register_forward_hook(lambda m, args, out: seen["visual"].append(len(out)))
     model.lm_head.register_forward_hook(lambda m, args, out: seen["head"].append(out.shape[1]))
-    model.model.layers[0].register_forward_hook(lambda m, args, out: seen["layer"].append(out.shape[1]))
+    model.model.layers[0].register_forward_hook(
+        lambda m, args, out: seen["layer"].append(out.shape[1])
+    )
     generate(model, batch, 10)
     assert seen["visual"] == [6 + 2 + 4]
     assert seen["head"] == [1] * 10
@@ -188,7 +205,9 @@ settings_of_sampling = st.builds(
 @given(sampling=settings_of_sampling, seed=st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_probabilities_equal_a_plain_recomputation(sampling, seed):
-    logits = 3 * torch.randn(1, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = 3 * torch.randn(
+        1, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     got = next_token_probabilities(logits, sampling)[0]
     expected = filtered(logits[0].tolist(), sampling)
     assert got.nonzero()[:, 0].tolist() == sorted(expected)
@@ -210,7 +229,10 @@ def test_probabilities_equal_the_reference(sampling, penalty, seed):
     logits = 3 * torch.randn(2, 30, generator=draw, dtype=torch.float64)
     ids = torch.randint(30, (2, 12), generator=draw)
     seen = torch.zeros(2, 30, dtype=torch.bool).scatter_(1, ids, True)
-    steps = [RepetitionPenaltyLogitsProcessor(penalty), TemperatureLogitsWarper(sampling.temperature)]
+    steps = [
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(sampling.temperature),
+    ]
     steps += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     steps += [TopPLogitsWarper(sampling.top_p)]
     expected = logits.clone()
@@ -237,8 +259,15 @@ def test_sampled_tokens_equal_a_plain_recomputation(sampling):
         draw = torch.Generator().manual_seed((sampling.seed or 0) + number)
         for position, token in enumerate(row):
             logits = without_cache(model, batch, number, row[:position]).double()
-            for seen in {*batch.input_ids[number].tolist(), *row[:position]}:  # vision and pad ids included
-                logits[seen] *= sampling.repetition_penalty if logits[seen] < 0 else 1 / sampling.repetition_penalty
+            for seen in {
+                *batch.input_ids[number].tolist(),
+                *row[:position],
+            }:  # vision and pad ids included
+                logits[seen] *= (
+                    sampling.repetition_penalty
+                    if logits[seen] < 0
+                    else 1 / sampling.repetition_penalty
+                )
             if not sampling.do_sample:
                 assert int(logits.argmax()) == token
                 continue
@@ -258,18 +287,34 @@ def test_each_row_may_have_a_seed_of_its_own():
     model, batch = model_of("plain"), batch_of(SHAPES["plain"], ([5], [5], [5]))
     batch.input_ids[:] = batch.input_ids[0]
     settings = {"do_sample": True, "temperature": 2.0}
-    by_seed = {seed: generate(model, batch, 8, Sampling(**settings, seed=seed))[0] for seed in (7, 3, 9)}
-    assert generate(model, batch, 8, Sampling(**settings, seed=[9, 3, 7])) == [by_seed[9], by_seed[3], by_seed[7]]
+    by_seed = {
+        seed: generate(model, batch, 8, Sampling(**settings, seed=seed))[0] for seed in (7, 3, 9)
+    }
+    assert generate(model, batch, 8, Sampling(**settings, seed=[9, 3, 7])) == [
+        by_seed[9],
+        by_seed[3],
+        by_seed[7],
+    ]
     assert len(set(map(tuple, by_seed.values()))) == 3
 
 
 def test_defaults_come_from_generation_config():
-    model = model_of("plain", do_sample=True, temperature=0.5, top_k=3, top_p=0.7, repetition_penalty=1.1)
+    model = model_of(
+        "plain", do_sample=True, temperature=0.5, top_k=3, top_p=0.7, repetition_penalty=1.1
+    )
     assert Sampling.of_model(model) == Sampling(True, 0.5, 3, 0.7, 1.1)
     # What the published models recommend keeps one candidate: their "sampling" is greedy.
-    instruct = {"do_sample": True, "top_k": 1, "top_p": 0.001, "temperature": 0.01, "repetition_penalty": 1.0}
+    instruct = {
+        "do_sample": True,
+        "top_k": 1,
+        "top_p": 0.001,
+        "temperature": 0.01,
+        "repetition_penalty": 1.0,
+    }
     batch = batch_of(SHAPES["plain"])
-    assert generate(model_of("plain", **instruct), batch, 12) == generate(model_of("plain"), batch, 12)
+    assert generate(model_of("plain", **instruct), batch, 12) == generate(
+        model_of("plain"), batch, 12
+    )
 
 
 def test_half_precision_logits_are_chosen_in_float32():
@@ -280,7 +325,8 @@ def test_half_precision_logits_are_chosen_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)]
+    ("field", "value"),
+    [("temperature", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)],
 )
 def test_impossible_settings_are_named(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}, expected"):
@@ -304,7 +350,13 @@ def test_words_go_to_stdout_and_all_else_to_stderr(tmp_path):
     assert done.returncode == 0
     assert done.stdout.strip().startswith("A ")
     assert done.stdout.count("\n") == 1
-    for part in ("--model Qwen/Qwen2-VL-2B-Instruct", "M parameters", f"{PICTURE}: ", "tokens/s", "peak memory"):
+    for part in (
+        "--model Qwen/Qwen2-VL-2B-Instruct",
+        "M parameters",
+        f"{PICTURE}: ",
+        "tokens/s",
+        "peak memory",
+    ):
         assert part in done.stderr
     quiet = run("--image", PICTURE, "--quiet", cwd=tmp_path)
     assert (quiet.stdout, quiet.stderr) == (done.stdout, "")
@@ -312,7 +364,11 @@ def test_words_go_to_stdout_and_all_else_to_stderr(tmp_path):
 
 def test_every_attention_and_wide_dtype_gives_the_same_answer(capsys):
     answers = set()
-    for options in (["--attention", "plain"], ["--dtype", "float32"], ["--dtype", "float64", "--device", "cpu"]):
+    for options in (
+        ["--attention", "plain"],
+        ["--dtype", "float32"],
+        ["--dtype", "float64", "--device", "cpu"],
+    ):
         assert command.main(["--image", str(PICTURE), "--quiet", *options]) == 0
         answers.add(capsys.readouterr().out)
     assert len(answers) == 1
@@ -330,7 +386,12 @@ def prompt_of(monkeypatch, *arguments):
     assert command.main([*map(str, arguments)]) == 0
     [(batch, max_new_tokens, sampling)] = seen
     tokenizer = command.Processor.from_pretrained(command.TINY).tokenizer
-    return tokenizer.decode(batch.input_ids[0], skip_special_tokens=False), batch, max_new_tokens, sampling
+    return (
+        tokenizer.decode(batch.input_ids[0], skip_special_tokens=False),
+        batch,
+        max_new_tokens,
+        sampling,
+    )
 
 
 def test_options_reach_the_model(monkeypatch):
@@ -353,9 +414,22 @@ def test_options_reach_the_model(monkeypatch):
 def test_films_and_pictures_stand_in_the_order_of_the_options(monkeypatch):
     film = ROOT / "examples" / "crossing.mp4"
     text, batch, *_ = prompt_of(
-        monkeypatch, "--video", film, "--image", PICTURE, "--video", film, "--nframes", 6, "--add-vision-id"
+        monkeypatch,
+        "--video",
+        film,
+        "--image",
+        PICTURE,
+        "--video",
+        film,
+        "--nframes",
+        6,
+        "--add-vision-id",
     )
-    assert re.findall(r"(Picture|Video) (\d): ", text) == [("Video", "1"), ("Picture", "1"), ("Video", "2")]
+    assert re.findall(r"(Picture|Video) (\d): ", text) == [
+        ("Video", "1"),
+        ("Picture", "1"),
+        ("Video", "2"),
+    ]
     assert text.endswith("Describe this image.<|im_end|>\n<|im_start|>assistant\n")
     assert [len(media.timestamps or "") for media in batch.media] == [6, 0, 6]
     assert batch.video_grid_thw[:, 0].tolist() == [3, 3]
@@ -371,8 +445,12 @@ def test_frames_a_second_of_a_film_and_its_default_question(monkeypatch):
 
 
 def test_pixel_bounds_reach_the_pictures(monkeypatch):
-    _, small, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 56 * 56, "--max-pixels", 84 * 84)
-    _, large, *_ = prompt_of(monkeypatch, "--image", PICTURE, "--min-pixels", 280 * 280, "--max-pixels", 300 * 300)
+    _, small, *_ = prompt_of(
+        monkeypatch, "--image", PICTURE, "--min-pixels", 56 * 56, "--max-pixels", 84 * 84
+    )
+    _, large, *_ = prompt_of(
+        monkeypatch, "--image", PICTURE, "--min-pixels", 280 * 280, "--max-pixels", 300 * 300
+    )
     assert small.image_grid_thw.prod() * 14 * 14 <= 84 * 84
     assert large.image_grid_thw.prod() * 14 * 14 >= 280 * 280
 
@@ -391,7 +469,9 @@ def test_temperature_0_is_greedy_and_a_silent_top_k_of_1_is_said(monkeypatch, ca
     model = model_of("plain", do_sample=True, top_k=1, top_p=0.001, temperature=0.01)
     said = []
     arguments = command_line.parse_arguments(["--prompt", "x", "--temperature", "0.9"])
-    assert command_line.choose_sampling(arguments, model, said.append) == Sampling(True, 0.9, 1, 0.001)
+    assert command_line.choose_sampling(arguments, model, said.append) == Sampling(
+        True, 0.9, 1, 0.001
+    )
     assert any("add --top-k 0" in line for line in said)
 
 
@@ -405,18 +485,26 @@ def break_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--image", "missing.png"], "there is no picture at missing.png"),
-        (["--image", "no_picture.png"], "cannot read no_picture.png as a picture"),
-        (["--image", "cut.png"], "cannot read cut.png as a picture"),
-        (["--prompt", "x", "--model", "empty"], "there is no tokenizer.json in empty; is that a checkpoint folder?"),
+        (["--image", "missing.png"], "there is no image at missing.png"),
+        (["--image", "no_picture.png"], "cannot read no_picture.png as an image"),
+        (["--image", "cut.png"], "cannot read cut.png as an image"),
+        (
+            ["--prompt", "x", "--model", "empty"],
+            "there is no tokenizer.json in empty; is that a checkpoint folder?",
+        ),
         (["--prompt", "x", "--model", "missing/folder/x"], "no folder missing/folder/x"),
-        (["--prompt", "x", "--model", "Nobody/Nothing"], "no folder Nobody/Nothing, and the hub cannot be reached"),
+        (
+            ["--prompt", "x", "--model", "Nobody/Nothing"],
+            "no folder Nobody/Nothing, and the hub cannot be reached",
+        ),
         (["--prompt", "x", "--device", "cuda:7"], "the device cuda:7 cannot be used"),
         (["--prompt", "x", "--attention", "flash"], "attention 'flash' cannot be used"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected above 0 and at most 1"),
     ],
 )
-def test_what_the_user_got_wrong_is_one_sentence_and_code_2(arguments, sentence, tmp_path, monkeypatch, capsys):
+def test_what_the_user_got_wrong_is_one_sentence_and_code_2(
+    arguments, sentence, tmp_path, monkeypatch, capsys
+):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -441,17 +529,29 @@ def test_what_the_user_got_wrong_is_one_sentence_and_code_2(arguments, sentence,
         (["--prompt", "x", "--nframes", "0"], "--nframes is 0, expected 1 or more"),
         (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--prompt", "x", "--draw", "x.png"], "--draw needs exactly one --image, found 0"),
-        (["--image", "x", "--image", "y", "--draw", "x.png"], "--draw needs exactly one --image, found 2"),
+        (
+            ["--image", "x", "--image", "y", "--draw", "x.png"],
+            "--draw needs exactly one --image, found 2",
+        ),
         (["--batch", "x.jsonl"], "--batch and --out go together"),
         (["--prompt", "x", "--out", "x.jsonl"], "--batch and --out go together"),
         (["--chat", "--logprobs"], "--chat and --logprobs do not go together"),
-        (["--chat", "--batch", "x.jsonl", "--out", "y.jsonl"], "--chat and --batch do not go together"),
-        (["--batch", "x.jsonl", "--out", "y.jsonl", "--logprobs"], "--batch and --logprobs do not go together"),
+        (
+            ["--chat", "--batch", "x.jsonl", "--out", "y.jsonl"],
+            "--chat and --batch do not go together",
+        ),
+        (
+            ["--batch", "x.jsonl", "--out", "y.jsonl", "--logprobs"],
+            "--batch and --logprobs do not go together",
+        ),
         (
             ["--batch", "x.jsonl", "--out", "y.jsonl", "--image", "x.png", "--draw", "y.png"],
             "--batch and --draw do not go together",
         ),
-        (["--batch", "x.jsonl", "--out", "y.jsonl", "--report", "x.html"], "--batch and --report do not go together"),
+        (
+            ["--batch", "x.jsonl", "--out", "y.jsonl", "--report", "x.html"],
+            "--batch and --report do not go together",
+        ),
     ],
 )
 def test_bad_options_are_argparse_errors(arguments, said, capsys):
@@ -465,7 +565,7 @@ def test_no_traceback_in_a_real_process(tmp_path):
     done = run("--image", "missing.png", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines() == ["generate.py: there is no picture at missing.png"]
+    assert done.stderr.splitlines() == ["generate.py: there is no image at missing.png"]
 
 
 def with_answer(monkeypatch, text):
@@ -501,15 +601,23 @@ def test_boxes_of_several_pictures_stay_on_the_grid(monkeypatch, capsys):
 def test_an_answer_without_a_box_is_not_painted(monkeypatch, tmp_path):
     with_answer(monkeypatch, "Four.")
     with pytest.warns(UserWarning, match=r"the answer has no box, so .*x\.png is not written"):
-        assert command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.png"), "--quiet"]) == 0
+        assert (
+            command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.png"), "--quiet"])
+            == 0
+        )
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_path_that_cannot_be_painted_to_is_said_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+def test_a_path_that_cannot_be_painted_to_is_said_before_the_model_is_loaded(
+    monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr(command, "load_model", None)
     assert command.main(["--image", str(PICTURE), "--draw", str(tmp_path / "x.nothing")]) == 2
     assert "cannot write" in capsys.readouterr().err
-    assert command.main(["--image", str(PICTURE), "--report", str(tmp_path / "nowhere" / "x.html")]) == 2
+    assert (
+        command.main(["--image", str(PICTURE), "--report", str(tmp_path / "nowhere" / "x.html")])
+        == 2
+    )
     assert "there is no folder" in capsys.readouterr().err
 
 
@@ -523,7 +631,9 @@ def test_log_probabilities_go_to_stderr(capsys):
 
 def test_the_trace_goes_to_stderr_and_the_page_to_its_file(capsys, tmp_path):
     page = tmp_path / "page.html"
-    assert command.main(["--image", str(PICTURE), "--explain", "--report", str(page), "--quiet"]) == 0
+    assert (
+        command.main(["--image", str(PICTURE), "--explain", "--report", str(page), "--quiet"]) == 0
+    )
     said = capsys.readouterr()
     assert said.out.count("\n") == 1
     assert "pixel_values" in said.err

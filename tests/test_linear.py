@@ -47,7 +47,9 @@ def wanted(plain, x):
 def test_every_dtype_and_number_of_rows_gives_the_plain_product(dtype, shape, bias):
     plain = layer(48, 37, bias, dtype)
     x = torch.randn(*shape, 48).to(dtype)
-    found = linear.product(x, plain.weight.detach(), None if plain.bias is None else plain.bias.detach())
+    found = linear.product(
+        x, plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
+    )
     assert found.dtype == dtype
     assert found.shape == (*shape, 37)
     assert error(found, wanted(plain, x)) < LIMITS[dtype]
@@ -57,7 +59,9 @@ def test_every_dtype_and_number_of_rows_gives_the_plain_product(dtype, shape, bi
 def test_a_processor_without_half_products_widens_many_rows_and_no_fewer(dtype, monkeypatch):
     widened = []
     monkeypatch.setattr(linear, "has_half_products", lambda dtype: False)
-    monkeypatch.setattr(linear, "onednn_float32", lambda x, *more: widened.append(len(x)) or F.linear(x, *more))
+    monkeypatch.setattr(
+        linear, "onednn_float32", lambda x, *more: widened.append(len(x)) or F.linear(x, *more)
+    )
     plain = layer(48, 37, dtype=dtype)
     with torch.no_grad():
         for rows in (1, 2, MANY - 1, MANY, 100):
@@ -99,7 +103,10 @@ def test_int4_is_refused_where_it_has_no_kernel():
     model = nn.Sequential(layer(32, 16)).to(torch.device("meta"))
     linear.swap(model, "int4")  # to be counted only
     with pytest.raises(ValueError, match="int4 weights are for the CPU, this model is on cuda"):
-        linear.swap(types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(device=CUDA)])), "int4")
+        linear.swap(
+            types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(device=CUDA)])),
+            "int4",
+        )
 
 
 def test_gradients_are_pytorchs_own():
@@ -117,13 +124,17 @@ def test_a_model_of_these_layers_computes_what_the_plain_one_does(shape):
     linear.swap(quick, None)
     kinds = {type(module) for module in quick.modules() if isinstance(module, nn.Linear)}
     assert kinds == {CPULinear}
-    inputs = make_batch([random_row(SHAPES[shape], [3, ("image", 2, 3), 5]), random_row(SHAPES[shape], [4])])
+    inputs = make_batch(
+        [random_row(SHAPES[shape], [3, ("image", 2, 3), 5]), random_row(SHAPES[shape], [4])]
+    )
     with torch.no_grad():
         assert helpers.gap(quick(**inputs), plain(**inputs)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- fewer bits
-@given(st.integers(1, 600), st.sampled_from([1, 7, 32, 100]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+@given(
+    st.integers(1, 600), st.sampled_from([1, 7, 32, 100]), st.sampled_from([1e-6, 0.02, 1.0, 300.0])
+)
 def test_eight_bits_are_half_a_step_from_the_weights(outputs, inputs, size):
     plain = layer(inputs, outputs, seed=outputs)
     with torch.no_grad():
@@ -181,7 +192,9 @@ def test_the_last_places_of_a_batch_are_taken_as_they_lie(kind, rows):
     [("AVX2", False, False, False), ("AVX512", True, False, False), ("AVX512", True, True, True),
      ("DEFAULT", True, False, True)],  # the last one is an ARM processor with the instructions
 )  # fmt: skip
-def test_bfloat16_is_taken_for_quick_only_with_instructions_for_it(capability, onednn, native, wanted, monkeypatch):
+def test_bfloat16_is_taken_for_quick_only_with_instructions_for_it(
+    capability, onednn, native, wanted, monkeypatch
+):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
@@ -205,13 +218,21 @@ def test_int4_says_which_layer_it_cannot_cut_into_groups():
 @pytest.fixture(scope="module")
 def shapes_batch():
     processor = Processor.from_pretrained(TINY)
-    content = [{"type": "image", "image": "examples/shapes.png"}, {"type": "text", "text": "Describe the image."}]
+    content = [
+        {"type": "image", "image": "examples/shapes.png"},
+        {"type": "text", "text": "Describe the image."},
+    ]
     return processor([{"role": "user", "content": content}])
 
 
-@pytest.mark.parametrize(("quantize", "first", "all_words"), [("int8", 0.999, 0.999), ("int4", 0.99, 0.97)])
+@pytest.mark.parametrize(
+    ("quantize", "first", "all_words"), [("int8", 0.999, 0.999), ("int4", 0.99, 0.97)]
+)
 def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, first, all_words, shapes_batch):
-    model, small = load_model(TINY, "cpu", torch.float32), load_model(TINY, "cpu", quantize=quantize)
+    model, small = (
+        load_model(TINY, "cpu", torch.float32),
+        load_model(TINY, "cpu", quantize=quantize),
+    )
     [reply] = generate.generate(model, shapes_batch)
     assert generate.generate(small, shapes_batch) == [reply]
     inputs = {name: torch.as_tensor(array) for name, array in shapes_batch.arrays().items()}
@@ -220,7 +241,9 @@ def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, first, all_word
     with torch.inference_mode():
         logits, found = model(**inputs), small(**inputs)
     assert found.dtype == torch.bfloat16
-    words = slice(-len(reply) - 1, -1)  # the places that predict the answer: what others predict, nobody trained
+    words = slice(
+        -len(reply) - 1, -1
+    )  # the places that predict the answer: what others predict, nobody trained
     cosines = torch.cosine_similarity(logits[0, words].double(), found[0, words].double(), dim=-1)
     assert cosines[0] > first
     assert cosines.min() > all_words
@@ -229,7 +252,9 @@ def test_the_bundled_model_says_the_same_in_fewer_bits(quantize, first, all_word
 @pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
 def test_decoder_and_head_are_quantised_and_the_vision_tower_is_not(quantize, kind):
     model = load_model(TINY, "cpu", quantize=quantize)
-    kinds = {name: type(module) for name, module in model.named_modules() if hasattr(module, "bias")}
+    kinds = {
+        name: type(module) for name, module in model.named_modules() if hasattr(module, "bias")
+    }
     assert kinds["lm_head"] == kinds["model.layers.0.self_attn.q_proj"] == kind
     assert kinds["visual.blocks.0.mlp.fc1"] == kinds["visual.merger.mlp.2"] == CPULinear
     assert all(type(module) is not nn.Linear for module in model.modules())
@@ -248,7 +273,14 @@ def test_a_quantised_model_cannot_be_taken_for_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_the_command_line_quantises_and_says_how_much_is_held(quantize, capsys):
-    options = ["--image", "examples/shapes.png", "--prompt", "Describe the image.", "--quantize", quantize]
+    options = [
+        "--image",
+        "examples/shapes.png",
+        "--prompt",
+        "Describe the image.",
+        "--quantize",
+        quantize,
+    ]
     assert generate.main([*options, "--device", "cpu"]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("A blue triangle at the top left")
@@ -257,7 +289,8 @@ def test_the_command_line_quantises_and_says_how_much_is_held(quantize, capsys):
     assert f": {held / 1e6:,.1f} MB, " in printed.err
     assert generate.main([*options, "--dry-run", "--device", "cpu"]) == 0
     assert (
-        f"{held / 1e6:,.1f} MB  2.8 M parameters in bfloat16, the decoder's in {quantize}" in capsys.readouterr().out
+        f"{held / 1e6:,.1f} MB  2.8 M parameters in bfloat16, the decoder's in {quantize}"
+        in capsys.readouterr().out
     )
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import SHAPES, make_batch, our_model, random_row, random_weights, reference_model, reference_name
+from helpers import (
+    SHAPES,
+    make_batch,
+    our_model,
+    random_row,
+    random_weights,
+    reference_model,
+    reference_name,
+)
 from safetensors.torch import load_file, save_file
 
 from extras import linear
@@ -40,7 +48,9 @@ def write(folder, config, weights, shards=1):
         part = dict(list(weights.items())[i::shards])
         save_file(part, folder / file)
         where |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return folder
 
 
@@ -64,8 +74,16 @@ def case(request):
 
 def nested(config):
     """The layout of transformers 5: the decoder's fields inside, rope in one dict, the tie flag outside."""
-    top = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_config")
-    text = {name: value for name, value in config.items() if name not in (*top, "tie_word_embeddings")}
+    top = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_config",
+    )
+    text = {
+        name: value for name, value in config.items() if name not in (*top, "tie_word_embeddings")
+    }
     section = text.pop("rope_scaling")["mrope_section"]
     text["rope_parameters"] = {
         "rope_theta": text.pop("rope_theta"),
@@ -98,7 +116,9 @@ def test_all_config_layouts_load(case, layout, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_configs_that_the_reference_wrote(version, tied, tmp_path):
     """Written by `tests/make_golden_configs.py` with those versions, from the same arguments."""
-    written = json.loads((GOLDEN / "configs.json").read_text())[version]["tied" if tied else "untied"]
+    written = json.loads((GOLDEN / "configs.json").read_text())[version][
+        "tied" if tied else "untied"
+    ]
     (tmp_path / "config.json").write_text(json.dumps(written))
     config = load_config(tmp_path)
     assert config.tie_word_embeddings is tied
@@ -113,7 +133,10 @@ def test_configs_that_the_reference_wrote(version, tied, tmp_path):
 
 def test_published_configs_load(tmp_path):
     """The three sizes as their hub pages describe them: absent fields take the published meaning."""
-    rope = {"rope_theta": 1000000.0, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
+    rope = {
+        "rope_theta": 1000000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    }
     for hidden, inner, layers, heads, kv_heads, vocab, tied in (
         (1536, 8960, 28, 12, 2, 151936, True),
         (3584, 18944, 28, 28, 4, 152064, False),
@@ -130,7 +153,11 @@ def test_published_configs_load(tmp_path):
         }  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(written | rope))
         config = load_config(tmp_path)
-        assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (hidden, layers, 128)
+        assert (config.hidden_size, config.num_hidden_layers, config.head_dim) == (
+            hidden,
+            layers,
+            128,
+        )
         assert config.tie_word_embeddings is tied
         assert config.vision_config.hidden_act == "quick_gelu"
         with torch.device("meta"):
@@ -151,7 +178,10 @@ def test_hub_spelling_of_the_channel_count(tmp_path):
     [
         ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl', expected 'qwen2_vl'"),
         ({"hidden_act": "prelu"}, "hidden_act is one of .*prelu"),
-        ({"rope_scaling": {"type": "elastic", "mrope_section": [2, 3, 3]}}, "rope type is 'elastic'"),
+        (
+            {"rope_scaling": {"type": "elastic", "mrope_section": [2, 3, 3]}},
+            "rope type is 'elastic'",
+        ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section"),
         ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 64"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
@@ -159,7 +189,9 @@ def test_hub_spelling_of_the_channel_count(tmp_path):
     ],
 )
 def test_configs_that_cannot_be_computed_are_refused(change, message, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"} | SHAPES["plain"] | change))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_vl"} | SHAPES["plain"] | change)
+    )
     with pytest.raises(ValueError, match=message) as caught:
         load_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
@@ -177,7 +209,10 @@ def bare(name):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_all_name_layouts_and_shards_load(case, rename, shards, tmp_path):
     config, weights, expected = case
-    renamed = {name if name == "lm_head.weight" else rename(name): tensor for name, tensor in weights.items()}
+    renamed = {
+        name if name == "lm_head.weight" else rename(name): tensor
+        for name, tensor in weights.items()
+    }
     assert {parameter_name(name) for name in renamed} == set(weights)
     model = load_model(write(tmp_path, config, renamed, shards), device="cpu")
     assert torch.equal(logits(model, config), expected)
@@ -260,7 +295,9 @@ for line in Path("/proc/self/maps").read_text().splitlines():
 outside = [n for n, p in model.named_parameters() if not any(a <= p.data_ptr() < b for a, b in ranges)]
 assert ranges and not outside, (ranges, outside)
 """
-    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, cwd=Path(__file__).parent.parent)
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path], check=True, cwd=Path(__file__).parent.parent
+    )
 
 
 def test_nothing_is_initialised_at_random(case, tmp_path, monkeypatch):
@@ -308,7 +345,9 @@ def test_transformers_opens_what_we_save(case, tmp_path):
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32).eval()
     batch = make_batch([random_row(config, [3, ("image", 2, 3), 4], seed=1)])
     with torch.no_grad():
-        got = theirs(**batch, mm_token_type_ids=(batch["input_ids"] == config["image_token_id"]).int()).logits
+        got = theirs(
+            **batch, mm_token_type_ids=(batch["input_ids"] == config["image_token_id"]).int()
+        ).logits
     assert (got - expected).abs().max() <= 3e-5
 
 
@@ -334,7 +373,7 @@ def test_we_open_a_bare_save_of_transformers(tmp_path):
         ("no/such/folder", "no folder no/such/folder, nor a hub name"),
         ("./missing", "no folder ./missing, nor a hub name"),
         ("missing", "no folder missing, nor a hub name"),
-        ("Qwen/No-Such-Model", "HF_HOME has no earlier download of that name"),
+        ("Qwen/No-Such-Model", "HF_HOME has no download of it"),
         ("bad name/x", "the hub says"),
     ],
 )
@@ -353,10 +392,17 @@ def test_hub_download_asks_for_weights_and_json_alone(monkeypatch, tmp_path):
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path)
+    )
     assert find_folder("Qwen/Qwen2-VL-2B-Instruct") == tmp_path
-    assert asked.pop() == (("Qwen/Qwen2-VL-2B-Instruct",), {"allow_patterns": ["*.safetensors", "*.json"]})
-    assert find_folder("Qwen/Qwen2-VL-2B-Instruct", weights=False) == tmp_path  # enough for --dry-run
+    assert asked.pop() == (
+        ("Qwen/Qwen2-VL-2B-Instruct",),
+        {"allow_patterns": ["*.safetensors", "*.json"]},
+    )
+    assert (
+        find_folder("Qwen/Qwen2-VL-2B-Instruct", weights=False) == tmp_path
+    )  # enough for --dry-run
     assert asked.pop()[1] == {"allow_patterns": ["*.json"]}
 
 
@@ -382,7 +428,9 @@ def test_folders_that_are_no_checkpoints_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config.json is not a JSON file"):
         load_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config.json should hold a JSON object, but holds a list"):
+    with pytest.raises(
+        ValueError, match=r"config.json should hold a JSON object, but holds a list"
+    ):
         load_model(tmp_path)
     with pytest.raises(FileNotFoundError, match="is a file; expected a checkpoint folder"):
         find_folder(tmp_path / "config.json")
@@ -421,7 +469,9 @@ def test_what_config_json_leaves_out_has_the_default_of_the_reference():
     # The reference's own two defaults do not fit together: its decoder is the 72B's, its vision tower the 7B's.
     ours = asdict(Config(vision_config=VisionConfig(hidden_size=8192)))
     assert ours.pop("rope_theta") == text["rope_parameters"]["rope_theta"]
-    assert ours.pop("sliding_window") == 4096  # the reference has it too, and then clears it where it is not used
+    assert (
+        ours.pop("sliding_window") == 4096
+    )  # the reference has it too, and then clears it where it is not used
     for name in ours.keys() - {"rope_scaling", "vision_config"}:
         assert ours[name] == theirs.get(name, text.get(name)), name
 

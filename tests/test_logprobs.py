@@ -17,7 +17,9 @@ from preprocess import Processor
 from tokenizer import BYTE_OF, Tokenizer
 
 PICTURE = TINY.parent.parent / "examples" / "shapes.png"
-WILD = Sampling(do_sample=True, temperature=2.5, top_k=40, top_p=0.99, repetition_penalty=1.2, seed=3)
+WILD = Sampling(
+    do_sample=True, temperature=2.5, top_k=40, top_p=0.99, repetition_penalty=1.2, seed=3
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def batch():
-    content = [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "Describe this image."}]
+    content = [
+        {"type": "image", "image": str(PICTURE)},
+        {"type": "text", "text": "Describe this image."},
+    ]
     return Processor.from_pretrained(TINY)([{"role": "user", "content": content}])
 
 
@@ -47,7 +52,9 @@ def watched(model, batch, sampling=None, **settings):
 def recomputed(model, batch, tokens):
     """The log-probabilities [tokens, V] from one pass over prompt and answer."""
     ids = torch.tensor([[*batch.input_ids[0].tolist(), *tokens]])
-    pictures = {name: torch.from_numpy(getattr(batch, name)) for name in ("pixel_values", "image_grid_thw")}
+    pictures = {
+        name: torch.from_numpy(getattr(batch, name)) for name in ("pixel_values", "image_grid_thw")
+    }
     with torch.no_grad():
         logits = model(ids, **pictures)[0, -len(tokens) - 1 : -1]
     return logits.log_softmax(-1)
@@ -74,7 +81,9 @@ def test_log_probabilities_equal_a_pass_over_the_whole_answer(batch, sampling, d
         order = row.argsort(descending=True).tolist()
         assert step.rank == order.index(step.token) + 1
         others = [id for id in order if id != step.token][:4]
-        assert [logprob for _, logprob in step.runners_up] == pytest.approx(row[others].tolist(), abs=tolerance)
+        assert [logprob for _, logprob in step.runners_up] == pytest.approx(
+            row[others].tolist(), abs=tolerance
+        )
         for id, logprob in step.runners_up:
             assert row[id].item() == pytest.approx(logprob, abs=tolerance)
     assert (max(step.rank for step in steps) > 1) == (sampling is WILD)
@@ -127,7 +136,9 @@ def test_what_is_kept_are_a_few_plain_numbers(model, batch):
 def test_nothing_of_the_output_changes(model, batch, sampling):
     def logits_and_tokens():
         seen = []
-        spy = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+        spy = model.lm_head.register_forward_hook(
+            lambda module, inputs, output: seen.append(output.clone())
+        )
         tokens = generate(model, batch, 20, sampling)
         spy.remove()
         return torch.cat(seen), tokens
@@ -181,12 +192,15 @@ def test_the_table_of_an_answer(model, batch, tokenizer):
     head, *lines, total = watch.table(tokenizer)
     assert head.split()[:4] == ["token", "id", "%", "rank"]
     assert len(lines) == len(watch.steps)
-    assert "".join(ast.literal_eval(line[: line.rindex("'", 0, 12) + 1]) for line in lines) == tokenizer.decode(
-        step.token for step in watch.steps
-    )
+    assert "".join(
+        ast.literal_eval(line[: line.rindex("'", 0, 12) + 1]) for line in lines
+    ) == tokenizer.decode(step.token for step in watch.steps)
     logprobs = torch.tensor([step.logprob for step in watch.steps], dtype=torch.float64)
     perplexity = torch.exp(-logprobs.mean())
-    assert total == f"20 tokens, sum of log-probabilities {logprobs.sum():.4f}, perplexity {perplexity:.4f}"
+    assert (
+        total
+        == f"20 tokens, sum of log-probabilities {logprobs.sum():.4f}, perplexity {perplexity:.4f}"
+    )
 
 
 def test_a_line_says_all_of_its_token(model, tokenizer):
@@ -195,8 +209,27 @@ def test_a_line_says_all_of_its_token(model, tokenizer):
     watch.steps.append(Step(red, -0.5, 1, [(end, -1.0), (byte, -12.0)]))
     watch.steps.append(Step(end, -2.0, 2, [(red, -0.25), (byte, -3.0)]))
     _, first, second, total = watch.table(tokenizer)
-    assert first.split() == ["'", "red'", str(red), "60.65", "<|im_end|>", "36.79", r"'\n'", "<0.01"]
-    assert second.split() == ["<|im_end|>", str(end), "13.53", "#2", "'", "red'", "77.88", r"'\n'", "4.98"]
+    assert first.split() == [
+        "'",
+        "red'",
+        str(red),
+        "60.65",
+        "<|im_end|>",
+        "36.79",
+        r"'\n'",
+        "<0.01",
+    ]
+    assert second.split() == [
+        "<|im_end|>",
+        str(end),
+        "13.53",
+        "#2",
+        "'",
+        "red'",
+        "77.88",
+        r"'\n'",
+        "4.98",
+    ]
     assert total == "2 tokens, sum of log-probabilities -2.5000, perplexity 3.4903"
     assert Watch(model).table(tokenizer) == []
 
@@ -215,7 +248,9 @@ def spelt(data):
 
 def vocabulary(*names, special=()):
     names = dict(enumerate(names))
-    return SimpleNamespace(backend=SimpleNamespace(id_to_token=names.get), special_ids=frozenset(special))
+    return SimpleNamespace(
+        backend=SimpleNamespace(id_to_token=names.get), special_ids=frozenset(special)
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,7 +278,12 @@ def test_a_token_is_shown_with_all_its_characters(data, shown):
 def test_what_is_shown_tells_every_byte(data):
     shown = token_text(vocabulary(spelt(data)), 0)
     parts = re.findall(r"<0x(..)>|('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\")", shown)
-    assert b"".join(bytes.fromhex(byte) if byte else ast.literal_eval(text).encode() for byte, text in parts) == data
+    assert (
+        b"".join(
+            bytes.fromhex(byte) if byte else ast.literal_eval(text).encode() for byte, text in parts
+        )
+        == data
+    )
 
 
 def test_control_tokens_and_ids_without_a_token(tokenizer):
@@ -257,7 +297,9 @@ def test_a_wide_character_takes_two_columns_and_a_combining_one_none():
 
 
 any_token = st.text(max_size=30) | st.text("圆 \n👍🏽e\u0301", max_size=60)
-rows = st.lists(st.tuples(st.integers(0, 9), st.floats(-30, 0), st.integers(1, 151936)), min_size=1, max_size=5)
+rows = st.lists(
+    st.tuples(st.integers(0, 9), st.floats(-30, 0), st.integers(1, 151936)), min_size=1, max_size=5
+)
 
 
 @settings(max_examples=50)
@@ -279,7 +321,19 @@ def test_the_columns_are_aligned_and_fit(names, rows, runners_up):
 
 
 def test_the_command_line_prints_the_table_after_the_answer(capsys):
-    assert main(["--image", str(PICTURE), "--prompt", "How many shapes are there?", "--logprobs", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "--image",
+                str(PICTURE),
+                "--prompt",
+                "How many shapes are there?",
+                "--logprobs",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == "Four.\n"
     lines = err.splitlines()

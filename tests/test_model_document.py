@@ -50,7 +50,9 @@ def film(tmp_path_factory):
         stream = container.add_stream("mpeg4", rate=8)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for _ in range(32):
-            frame = av.VideoFrame.from_ndarray(random.integers(256, size=(48, 64, 3), dtype=np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                random.integers(256, size=(48, 64, 3), dtype=np.uint8), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -101,7 +103,9 @@ def test_a_film(model, processor, film):
 
 
 def mixed(pictures, film):
-    first, second, third, fourth, fifth = ({"type": "image", "image": picture} for picture in pictures)
+    first, second, third, fourth, fifth = (
+        {"type": "image", "image": picture} for picture in pictures
+    )
     return [
         [user(first, text("Describe this image."))],
         [user(second, third, text("What is written in the pictures?"))],
@@ -148,7 +152,9 @@ def logits(model, batch):
         return model(**{name: torch.from_numpy(value) for name, value in batch.arrays().items()})
 
 
-@pytest.mark.parametrize(("low", "high"), [(224 * 224, 2048 * 2048), (256 * 28 * 28, 1024 * 28 * 28)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(224 * 224, 2048 * 2048), (256 * 28 * 28, 1024 * 28 * 28)]
+)
 def test_bounds_of_the_resolution(pictures, film, low, high):
     processor = Processor.from_pretrained(TINY, min_pixels=low, max_pixels=high)
     batch = processor(mixed(pictures, film))
@@ -184,14 +190,19 @@ def test_several_pictures_with_and_without_numbers(model, processor, pictures, f
         SYSTEM
         + ROW.format("user", names[0] + IMAGE + HELLO)
         + ROW.format("assistant", WELL)
-        + ROW.format("user", DESCRIBE + names[1] + IMAGE + names[2] + IMAGE + names[3] + VIDEO + VACATION)
+        + ROW.format(
+            "user", DESCRIBE + names[1] + IMAGE + names[2] + IMAGE + names[3] + VIDEO + VACATION
+        )
         + ROW.format("assistant", HAPPY)
         + ROW.format("user", MOUNTAINS)
         + ANSWER
     )
     conversation[0]["content"][0] = {"type": "image", "image": pictures[0]}
     conversation[2]["content"][1] = {"type": "image", "image_url": str(pictures[1])}
-    conversation[2]["content"][2] = {"type": "image_url", "image_url": {"url": pictures[2].as_uri()}}
+    conversation[2]["content"][2] = {
+        "type": "image_url",
+        "image_url": {"url": pictures[2].as_uri()},
+    }
     conversation[2]["content"][3] = {"type": "video", "video": film.as_uri()}
     batch, *_ = answers(model, processor, conversation, add_vision_id=ids)
     assert len(batch.image_grid_thw) == 3

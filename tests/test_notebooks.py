@@ -41,7 +41,9 @@ socket.getaddrinfo = guarded_lookup(socket.getaddrinfo)
 # Runs after its last cell: the first one must also find the repository when the kernel was started in its root.
 FROM_ROOT = "import os; os.chdir({root!r}); get_ipython().run_cell({first!r}).raise_error()"
 
-MACHINE_PATH = re.compile(r"(?<![\w.:/])/(home|Users|root|tmp|work|usr|opt|var|mnt|private)/|\b[A-Z]:\\\\?\w")
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/])/(home|Users|root|tmp|work|usr|opt|var|mnt|private)/|\b[A-Z]:\\\\?\w"
+)
 
 
 def source_cells(notebook, kind):
@@ -53,7 +55,9 @@ def solutions(notebook):
     cell that is marked hidden does so in JupyterLab alone."""
     folded = re.findall(r"<details>(.*?)</details>", notebook.cells[-1].source, re.DOTALL)
     return [
-        block for text in folded for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        block
+        for text in folded
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     ]
 
 
@@ -110,7 +114,9 @@ def test_it_is_small_and_says_nothing_about_the_machine_it_ran_on(path):
     assert [match[0] for text in texts for match in MACHINE_PATH.finditer(text)] == []
     assert set(notebook.metadata) <= {"kernelspec", "language_info"}
     assert notebook.metadata.kernelspec.name == "python3"
-    assert [cell.metadata for cell in notebook.cells if cell.metadata] == []  # an editor keeps times there
+    assert [
+        cell.metadata for cell in notebook.cells if cell.metadata
+    ] == []  # an editor keeps times there
 
 
 @every_notebook
@@ -121,17 +127,27 @@ def test_it_opens_with_what_you_will_know_and_closes_with_three_exercises(path):
     assert opening.source.startswith("# ")
     assert re.search("you will know", opening.source, re.IGNORECASE)
     exercises = [
-        cell.source for cell in source_cells(notebook, "markdown") if re.search(r"^#+ Exercises", cell.source, re.M)
+        cell.source
+        for cell in source_cells(notebook, "markdown")
+        if re.search(r"^#+ Exercises", cell.source, re.M)
     ]
     assert len(exercises) == 1
     assert re.findall(r"^(\d)\. ", exercises[0], re.MULTILINE) == ["1", "2", "3"]
     assert notebook.cells[-1].source.startswith("<details>\n<summary>")
-    assert re.findall(r"^\*\*(\d)\.\*\*", notebook.cells[-1].source, re.MULTILINE) == ["1", "2", "3"]
+    assert re.findall(r"^\*\*(\d)\.\*\*", notebook.cells[-1].source, re.MULTILINE) == [
+        "1",
+        "2",
+        "3",
+    ]
     assert solutions(notebook), "no solution has code"
 
 
 def test_the_guard_against_the_network_works():
-    probe = OFFLINE + "\nimport urllib.request\nurllib.request.urlopen('http://192.0.2.1', timeout=1)"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+    probe = (
+        OFFLINE + "\nimport urllib.request\nurllib.request.urlopen('http://192.0.2.1', timeout=1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert "OSError: a notebook reached for the network: ('192.0.2.1',)" in done.stderr

@@ -18,7 +18,14 @@ from load_weights import save_model
 
 pytest.importorskip("transformers", reason="the ladder's other side")
 
-CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+CONTROL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+]
 CONTROL += ["<|video_pad|>"]
 
 # What the published template does with one user message, in a line or two.
@@ -55,7 +62,9 @@ def folder(tmp_path_factory):
         ["pad", "im_start", "eos", "vision_start", "vision_end", "image", "video"]
     )}  # fmt: skip
     del ids["im_start_token_id"]
-    config = helpers.small_config(vocab=len(alphabet) + len(CONTROL), layers=3, depth=3, tied=True) | ids
+    config = (
+        helpers.small_config(vocab=len(alphabet) + len(CONTROL), layers=3, depth=3, tied=True) | ids
+    )
     save_model(helpers.our_model(config, helpers.random_weights(config, seed=2)), folder)
     return folder
 
@@ -98,8 +107,12 @@ def test_tokens_that_differ_in_half_precision_are_only_noted(folder, capsys, mon
 
 def test_pictures_and_words_of_ones_own(folder, capsys, tmp_path):
     path = tmp_path / "x.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 4), dtype=np.uint8)).save(path)
-    code, rungs, out = ladder(capsys, "--model", folder, "--image", path, "--image", path, "--prompt", "两")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 4), dtype=np.uint8)).save(
+        path
+    )
+    code, rungs, out = ladder(
+        capsys, "--model", folder, "--image", path, "--image", path, "--prompt", "两"
+    )
     assert code == 0, out
     assert "2 pictures" in rungs["picture grids"]
     code, rungs, out = ladder(capsys, "--model", folder, "--text-only", "--prompt", "Hello")
@@ -205,8 +218,11 @@ def test_a_planted_fault_is_marked_at_its_rung(rung, folder, capsys, monkeypatch
     ("arguments", "sentence"),
     [
         (["--model", "no/such/folder"], "no folder no/such/folder"),
-        (["--model", "{folder}", "--image", "nowhere.png"], "there is no picture at nowhere.png"),
-        (["--model", "{folder}", "--image", "{folder}/config.json"], "cannot read .*config.json as a picture"),
+        (["--model", "{folder}", "--image", "nowhere.png"], "there is no image at nowhere.png"),
+        (
+            ["--model", "{folder}", "--image", "{folder}/config.json"],
+            "cannot read .*config.json as an image",
+        ),
         (["--model", "{folder}", "--device", "cuda:77"], "the device cuda:77 cannot be used"),
         (["--model", "{folder}/.."], "is no checkpoint|config.json|tokenizer"),
     ],
@@ -220,7 +236,8 @@ def test_what_cannot_be_compared_is_said_in_one_sentence(arguments, sentence, fo
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--model", "x", "--dtype", "int3"], ["--model", "x", "--max-new-tokens", "0"]]
+    "arguments",
+    [[], ["--model", "x", "--dtype", "int3"], ["--model", "x", "--max-new-tokens", "0"]],
 )
 def test_arguments_that_make_no_sense_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

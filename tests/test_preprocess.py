@@ -13,17 +13,18 @@ from make_golden_preprocess import BOUNDS, GOLDEN, ROTATED, colours, pictures, s
 from PIL import Image
 from transformers import Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    smart_resize as reference_smart_resize,
+)
 
+from media import load_image, to_rgb
 from preprocess import (
     ImageConfig,
     Processor,
-    load_image,
     patchify,
     preprocess_images,
     preprocess_videos,
     smart_resize,
-    to_rgb,
 )
 
 PICTURES = pictures()
@@ -103,7 +104,9 @@ def test_smart_resize_known_sizes():
 
 @pytest.mark.parametrize("size", [(10, 2001), (2001, 10), (1, 201)])
 def test_smart_resize_too_thin(size):
-    with pytest.raises(ValueError, match=f"one side is more than 200 times the other: {size[0]}×{size[1]}"):
+    with pytest.raises(
+        ValueError, match=f"one side is more than 200 times the other: {size[0]}×{size[1]}"
+    ):
         smart_resize(*size)
 
 
@@ -150,9 +153,13 @@ def test_any_picture_equals_reference(height, width, mode, bounds):
 
 
 def test_every_level_equals_reference():
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(14, 0).repeat(14, 1)  # 224×224, no resize
+    ramp = (
+        np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(14, 0).repeat(14, 1)
+    )  # 224×224, no resize
     assert_equals_reference([Image.fromarray(ramp)])
-    assert_equals_reference([Image.fromarray(ramp)], image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.25, 1.0])
+    assert_equals_reference(
+        [Image.fromarray(ramp)], image_mean=[0.5, 0.4, 0.3], image_std=[0.1, 0.25, 1.0]
+    )
 
 
 @pytest.mark.parametrize("do_resize", [True, False])
@@ -176,7 +183,9 @@ def test_steps_switched_off_equal_reference(do_resize, do_rescale, do_normalize)
     ],
 )
 def test_other_settings_equal_reference(fields):
-    assert_equals_reference([Image.fromarray(colours(83, 120)), Image.fromarray(colours(300, 200))], **fields)
+    assert_equals_reference(
+        [Image.fromarray(colours(83, 120)), Image.fromarray(colours(300, 200))], **fields
+    )
 
 
 def test_several_pictures_lie_one_after_the_other():
@@ -195,7 +204,9 @@ def test_result_is_writable_and_contiguous():
 
 
 def test_switched_off_steps_need_a_fitting_picture():
-    with pytest.raises(ValueError, match=r"do_resize is off, but 61×83 \(height × width\) is no multiple of 28"):
+    with pytest.raises(
+        ValueError, match=r"do_resize is off, but 61×83 \(height × width\) is no multiple of 28"
+    ):
         preprocess_images([PICTURES["RGB"]], ImageConfig(do_resize=False))
     with pytest.raises(ValueError, match="do_convert_rgb is off, but the picture's mode is CMYK"):
         preprocess_images([PICTURES["CMYK"]], ImageConfig(do_convert_rgb=False))
@@ -232,7 +243,9 @@ def patches_by_loops(frames, tp, p, m):
     return np.array(rows), (gt, gh, gw)
 
 
-@pytest.mark.parametrize(("frames", "gh", "gw", "tp", "p", "m"), [(4, 4, 6, 2, 3, 2), (3, 3, 6, 1, 2, 3)])
+@pytest.mark.parametrize(
+    ("frames", "gh", "gw", "tp", "p", "m"), [(4, 4, 6, 2, 3, 2), (3, 3, 6, 1, 2, 3)]
+)
 def test_patch_order(frames, gh, gw, tp, p, m):
     numbered = np.arange(frames * gh * p * gw * p * 3).reshape(frames, gh * p, gw * p, 3)
     config = ImageConfig(patch_size=p, temporal_patch_size=tp, merge_size=m)
@@ -282,7 +295,9 @@ def test_clip_frames_equal_pictures():
 
 
 def test_clip_errors():
-    with pytest.raises(ValueError, match=r"frames of one size, but these have \[\(56, 56\), \(84, 56\)\]"):
+    with pytest.raises(
+        ValueError, match=r"frames of one size, but these have \[\(56, 56\), \(84, 56\)\]"
+    ):
         preprocess_videos([[colours(56, 56), colours(84, 56)]], ImageConfig())
     with pytest.raises(ValueError, match="no frame at all"):
         preprocess_videos([[]], ImageConfig())
@@ -310,13 +325,17 @@ def test_pillow_image_is_taken_as_it_is():
     assert_equals_reference([stored])
 
 
-@pytest.mark.parametrize("name", ["RGBA", "LA", "P, alpha per colour", "RGB, one colour transparent"])
+@pytest.mark.parametrize(
+    "name", ["RGBA", "LA", "P, alpha per colour", "RGB, one colour transparent"]
+)
 def test_transparent_file_is_white_behind(tmp_path, name):
     """A file and its opened image give the same pixels (the reference's own loader drops the alpha of a file)."""
     PICTURES[name].save(tmp_path / "x.png", transparency=PICTURES[name].info.get("transparency"))
     from_path, _ = preprocess_images([tmp_path / "x.png"], ImageConfig())
     with Image.open(tmp_path / "x.png") as opened:
-        assert_same_bits(from_path, Qwen2VLImageProcessorPil()([opened], return_tensors="np")["pixel_values"])
+        assert_same_bits(
+            from_path, Qwen2VLImageProcessorPil()([opened], return_tensors="np")["pixel_values"]
+        )
 
 
 def test_invisible_picture_is_white():
@@ -339,7 +358,9 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
 def test_file_is_closed_after_reading(tmp_path, suffix):
     Image.fromarray(colours(30, 40)).save(tmp_path / f"x.{suffix}")
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ResourceWarning)  # what Python says about a file that nobody closed
+        warnings.simplefilter(
+            "always", ResourceWarning
+        )  # what Python says about a file that nobody closed
         image = load_image(tmp_path / f"x.{suffix}")
     (tmp_path / f"x.{suffix}").unlink()
     assert np.asarray(image.convert("RGB")).shape == (30, 40, 3)
@@ -347,9 +368,9 @@ def test_file_is_closed_after_reading(tmp_path, suffix):
 
 
 def test_missing_picture(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no picture at .*nothing\.png"):
+    with pytest.raises(FileNotFoundError, match=r"there is no image at .*nothing\.png"):
         load_image(tmp_path / "nothing.png")
-    with pytest.raises(FileNotFoundError, match=r"there is no picture at .*nothing\.png"):
+    with pytest.raises(FileNotFoundError, match=r"there is no image at .*nothing\.png"):
         load_image(f"file://{tmp_path}/nothing.png")
 
 
@@ -361,11 +382,13 @@ def test_unreadable_picture(tmp_path, kind):
     elif kind == "bomb":  # a small file that claims 60,000 × 60,000 pixels
         path.write_bytes(b"P6 60000 60000 255\n" + bytes(30))
     elif kind.startswith("cut off"):
-        Image.fromarray(colours(100, 100)).save(path, format="png" if kind.endswith("png") else "jpeg")
+        Image.fromarray(colours(100, 100)).save(
+            path, format="png" if kind.endswith("png") else "jpeg"
+        )
         path.write_bytes(path.read_bytes()[:1500])
     else:
         path.write_bytes(b"no picture" if kind == "text" else b"")
-    with pytest.raises(ValueError, match=r"cannot read .*x\.png as a picture") as error:
+    with pytest.raises(ValueError, match=r"cannot read .*x\.png as an image") as error:
         load_image(path)
     assert "\n" not in str(error.value)
 
@@ -375,10 +398,13 @@ def test_unreadable_picture(tmp_path, kind):
     [
         ("data:image/png;base64," + "A" * 9000, "cannot read data:image/png;base64,AAA"),
         ("A" * 9000, "cannot read A"),  # bare base64: too long for a file name
-        (b"\x89PNG", "cannot read the given bytes as a picture: it has no format that Pillow knows"),
-        (None, "expected a path, an address, bytes or an open file, not NoneType"),
-        (7, "expected a path, an address, bytes or an open file, not int"),
-        (np.zeros((4, 4, 3)), r"an array must be uint8 \[height, width, 3\], not float64 \[4, 4, 3\]"),
+        (b"\x89PNG", "cannot read the given bytes as an image: it has no format that Pillow knows"),
+        (None, "expected a path, a URL, bytes or an open file, got NoneType"),
+        (7, "expected a path, a URL, bytes or an open file, got int"),
+        (
+            np.zeros((4, 4, 3)),
+            r"an array must be uint8 \[height, width, 3\], not float64 \[4, 4, 3\]",
+        ),
         (np.zeros((3, 4, 4), dtype=np.uint8), r"not uint8 \[3, 4, 4\]"),
         (np.zeros((4, 4), dtype=np.uint8), r"not uint8 \[4, 4\]"),
     ],
@@ -419,8 +445,18 @@ def test_defaults_equal_reference():
     [
         ({"size": {"shortest_edge": 3136, "longest_edge": 12845056}}, (3136, 12845056)),
         ({"size": {"min_pixels": 3136, "max_pixels": 12845056}}, (3136, 12845056)),
-        ({"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 3, "max_pixels": 4}, (3, 4)),
-        ({"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": None, "max_pixels": None}, (1, 2)),
+        (
+            {"size": {"shortest_edge": 1, "longest_edge": 2}, "min_pixels": 3, "max_pixels": 4},
+            (3, 4),
+        ),
+        (
+            {
+                "size": {"shortest_edge": 1, "longest_edge": 2},
+                "min_pixels": None,
+                "max_pixels": None,
+            },
+            (1, 2),
+        ),
         ({"size": None}, (3136, 1003520)),
         ({}, (3136, 1003520)),
     ],
@@ -431,12 +467,20 @@ def test_spellings_of_the_bounds(tmp_path, fields, bounds):
 
 
 def test_settings_saved_by_the_reference(tmp_path):
-    fields = {"min_pixels": 4000, "max_pixels": 90000, "merge_size": 1, "image_mean": [0.1, 0.2, 0.3], "resample": 2}
+    fields = {
+        "min_pixels": 4000,
+        "max_pixels": 90000,
+        "merge_size": 1,
+        "image_mean": [0.1, 0.2, 0.3],
+        "resample": 2,
+    }
     Qwen2VLImageProcessorPil(**fields).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = ImageConfig.from_pretrained(tmp_path)
-    assert vars(config) == vars(ImageConfig(**fields)) | {"image_std": list(ImageConfig().image_std)}
+    assert vars(config) == vars(ImageConfig(**fields)) | {
+        "image_std": list(ImageConfig().image_std)
+    }
 
 
 def test_settings_nested_in_processor_config(tmp_path):
@@ -470,7 +514,9 @@ def test_bounds_the_wrong_way_round():
 
 @pytest.fixture(scope="module")
 def folder(qwen_tokenizer_folder, tmp_path_factory):
-    folder = shutil.copytree(qwen_tokenizer_folder, tmp_path_factory.mktemp("checkpoint") / "folder")
+    folder = shutil.copytree(
+        qwen_tokenizer_folder, tmp_path_factory.mktemp("checkpoint") / "folder"
+    )
     return write_settings(folder, PUBLISHED)
 
 
@@ -508,7 +554,8 @@ def test_batch_of_one_picture(processor):
     assert grid.tolist() == [[1, 36, 24]]  # 504×336 pixels
     ids = batch.input_ids[0].tolist()
     start, end, pad = (
-        processor.tokenizer.token_id(f"<|{name}|>") for name in ("vision_start", "vision_end", "image_pad")
+        processor.tokenizer.token_id(f"<|{name}|>")
+        for name in ("vision_start", "vision_end", "image_pad")
     )
     assert ids[ids.index(start) : ids.index(end) + 1] == [start] + [pad] * (36 * 24 // 4) + [end]
     assert ids.count(pad) == 216
@@ -525,7 +572,12 @@ def test_batch_of_text_only(processor):
         "<|im_start|>user\nwho are you?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert batch.input_ids.tolist() == [processor.tokenizer.encode(prompt)]
-    vision = (batch.pixel_values, batch.image_grid_thw, batch.pixel_values_videos, batch.video_grid_thw)
+    vision = (
+        batch.pixel_values,
+        batch.image_grid_thw,
+        batch.pixel_values_videos,
+        batch.video_grid_thw,
+    )
     assert vision == (None,) * 4
 
 
@@ -553,11 +605,19 @@ def test_each_row_equals_the_row_alone(processor):
         missing = longest - row.input_ids.shape[1]
         assert together.attention_mask[n].tolist() == [0] * missing + [1] * (longest - missing)
         assert together.input_ids[n].tolist() == [151643] * missing + row.input_ids[0].tolist()
-    assert {longest - row.input_ids.shape[1] for row in rows} > {0}  # some row was padded, and one was not
-    assert_same_bits(together.pixel_values, np.concatenate([rows[0].pixel_values, rows[2].pixel_values]))
-    assert_same_bits(together.image_grid_thw, np.concatenate([rows[0].image_grid_thw, rows[2].image_grid_thw]))
+    assert {longest - row.input_ids.shape[1] for row in rows} > {
+        0
+    }  # some row was padded, and one was not
+    assert_same_bits(
+        together.pixel_values, np.concatenate([rows[0].pixel_values, rows[2].pixel_values])
+    )
+    assert_same_bits(
+        together.image_grid_thw, np.concatenate([rows[0].image_grid_thw, rows[2].image_grid_thw])
+    )
     assert_same_bits(together.pixel_values_videos, rows[2].pixel_values_videos)
-    assert together.video_grid_thw.tolist() == [[2, 20, 28]]  # frames are enlarged to at least 128 tokens each
+    assert together.video_grid_thw.tolist() == [
+        [2, 20, 28]
+    ]  # frames are enlarged to at least 128 tokens each
 
 
 def test_a_list_with_one_conversation_is_that_conversation(processor):
@@ -571,7 +631,9 @@ def test_options_of_the_prompt(processor):
     batch = processor(ask(image("28×28")), add_generation_prompt=False, add_vision_id=True)
     text = decoded(batch.input_ids[0], skip_special_tokens=False)
     assert text.endswith(
-        "Picture 1: <|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>Describe this image.<|im_end|>\n"
+        "Picture 1: <|vision_start|>"
+        + "<|image_pad|>" * 4
+        + "<|vision_end|>Describe this image.<|im_end|>\n"
     )
 
 
@@ -635,7 +697,7 @@ def test_bounds_of_one_item(processor):
         (["Hi"], ValueError, "message 0 must be a dict"),
         ([{"role": "user"}], ValueError, "the content of message 0"),
         (ask({"type": "image"}), ValueError, "the image item names no image under any of image"),
-        (ask({"type": "image", "image": "nowhere.png"}), FileNotFoundError, "no picture at nowhere.png"),
+        (ask({"type": "image", "image": "nowhere.png"}), FileNotFoundError, "no image at nowhere.png"),
         (ask({"type": "image", "image_url": {"uri": "x.png"}}), ValueError, "the image item names no image under"),
         (ask({"type": "image", "image": Image.new("RGB", (1, 201))}), ValueError, "more than 200 times"),
         (ask({"type": "video", "fps": 1}), ValueError, "the video item names no video under any of video, url, path"),

@@ -54,7 +54,9 @@ def ours(shape, dtype=torch.float32, attention="sdpa"):
 
 @cache
 def reference(shape):
-    pytest.importorskip("transformers", reason="the live comparison; the golden files are checked without it")
+    pytest.importorskip(
+        "transformers", reason="the live comparison; the golden files are checked without it"
+    )
     return helpers.reference_model(SHAPES[shape], weights_of(shape))
 
 
@@ -78,7 +80,10 @@ def test_float32_features_and_logits_are_the_reference_s(shape):
     for row in rows_of(config):
         batch = make_batch([row])
         assert gap(model(**batch), helpers.reference_logits(theirs, config, batch)) <= FLOAT32
-        for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        for pixels, grid in (
+            ("pixel_values", "image_grid_thw"),
+            ("pixel_values_videos", "video_grid_thw"),
+        ):
             if pixels in batch:
                 expected = theirs.model.visual(batch[pixels], batch[grid]).pooler_output
                 assert gap(model.visual(batch[pixels], batch[grid]), expected) <= FLOAT32
@@ -98,7 +103,10 @@ def test_float32_padded_batch_is_the_reference_s(shape):
 def test_float64_is_the_formulas(shape):
     config, model = SHAPES[shape], ours(shape, torch.float64)
     for row in rows_of(config):
-        batch, expected = make_batch([row], torch.float64), helpers.oracle_run(config, weights_of(shape), row)
+        batch, expected = (
+            make_batch([row], torch.float64),
+            helpers.oracle_run(config, weights_of(shape), row),
+        )
         assert gap(model(**batch)[0], expected["logits"]) <= FLOAT64
         for pixels, grid, kind in (
             ("pixel_values", "image_grid_thw", "vision"),
@@ -133,7 +141,9 @@ def unrounded_reference(monkeypatch):
     """transformers' code, in which every rounding to float32 means float64 instead."""
     code = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
     monkeypatch.setattr(
-        code, "torch", SimpleNamespace(**vars(torch) | dict.fromkeys(("float", "float32"), torch.double))
+        code,
+        "torch",
+        SimpleNamespace(**vars(torch) | dict.fromkeys(("float", "float32"), torch.double)),
     )
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     return lambda config, weights: helpers.reference_model(config, weights, torch.float64)
@@ -142,7 +152,9 @@ def unrounded_reference(monkeypatch):
 @pytest.mark.parametrize("shape", [*SHAPES, "sliding window"])
 def test_the_oracle_is_the_reference_without_its_roundings(shape, unrounded_reference):
     """The judge is judged too, and by more than `qwen2vl.py` is: it knows the sliding window."""
-    sliding = helpers.small_config(layers=4, use_sliding_window=True, sliding_window=7, max_window_layers=1)
+    sliding = helpers.small_config(
+        layers=4, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    )
     config = SHAPES.get(shape, sliding)
     weights = random_weights(config, seed=3)
     theirs = unrounded_reference(config, weights)
@@ -165,18 +177,28 @@ def test_bfloat16_is_no_further_from_float64_than_the_reference(attention, their
         half = our_model(config, weights, torch.bfloat16, attention)
         theirs = helpers.reference_model(config, weights, torch.bfloat16, their_attention)
         # The last one is long, because a rope table in bf16 goes wrong with the distance.
-        for parts in ([20], [5, ("image", 2, 3), 3, ("image", 1, 1), 4], [60, ("image", 5, 7), 140]):
+        for parts in (
+            [20],
+            [5, ("image", 2, 3), 3, ("image", 1, 1), 4],
+            [60, ("image", 5, 7), 140],
+        ):
             batch = make_batch([random_row(config, parts, seed)], torch.bfloat16)
-            exact = truth(**{name: x.double() if x.is_floating_point() else x for name, x in batch.items()})
+            exact = truth(
+                **{name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+            )
             our_distance += (half(**batch) - exact).abs().mean().item()
-            their_distance += (helpers.reference_logits(theirs, config, batch) - exact).abs().mean().item()
+            their_distance += (
+                (helpers.reference_logits(theirs, config, batch) - exact).abs().mean().item()
+            )
     assert our_distance / their_distance <= 1.05
 
 
 def test_cached_steps_are_the_reference_s_generation():
     """Eight greedy tokens after a padded batch with pictures: our cache beside theirs, logits and all."""
     config, model, theirs = SHAPES["plain"], ours("plain"), reference("plain")
-    batch = make_batch([random_row(config, CONVERSATIONS[name], 5) for name in ("one picture", "several messages")])
+    batch = make_batch(
+        [random_row(config, CONVERSATIONS[name], 5) for name in ("one picture", "several messages")]
+    )
     made = theirs.generate(
         **batch,
         mm_token_type_ids=helpers.token_types(config, batch["input_ids"]),
@@ -208,12 +230,23 @@ def golden(model):
         name, *path = key.split("/")
         if name == model:
             found["/".join(path)] = arrays[key]
-    weights = {n[8:]: torch.from_numpy(a.astype(np.float32)) for n, a in found.items() if n.startswith("weights/")}
+    weights = {
+        n[8:]: torch.from_numpy(a.astype(np.float32))
+        for n, a in found.items()
+        if n.startswith("weights/")
+    }
     return json.loads(str(found["config"])), weights, found
 
 
 def golden_batch(found, case, dtype):
-    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    names = (
+        "input_ids",
+        "attention_mask",
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+    )
     batch = {n: torch.from_numpy(found[f"{case}/{n}"]) for n in names if f"{case}/{n}" in found}
     return {n: x.to(dtype) if x.is_floating_point() else x for n, x in batch.items()}
 
@@ -241,14 +274,20 @@ def test_golden_model(name, case, flash):
 
 def rope_index(config, batch):
     names = ("input_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
-    return get_rope_index(our_config(config), **{name: batch[name] for name in names if name in batch})
+    return get_rope_index(
+        our_config(config), **{name: batch[name] for name in names if name in batch}
+    )
 
 
 sizes = st.integers(1, 5)
 pictures = st.tuples(st.just("image"), sizes, sizes)
 # transformers 5 lets the words after a clip overlap its tail where it is longer than it is high and wide.
-short_clips = st.tuples(st.just("video"), sizes, sizes, sizes).filter(lambda clip: clip[1] <= max(clip[2:]))
-conversations = st.lists(st.one_of(st.integers(1, 6), pictures, short_clips), min_size=1, max_size=6)
+short_clips = st.tuples(st.just("video"), sizes, sizes, sizes).filter(
+    lambda clip: clip[1] <= max(clip[2:])
+)
+conversations = st.lists(
+    st.one_of(st.integers(1, 6), pictures, short_clips), min_size=1, max_size=6
+)
 
 
 @settings(max_examples=80)
@@ -290,10 +329,17 @@ def test_a_clip_longer_than_it_is_wide_pushes_the_text_on():
 def test_golden_positions_of_long_clips():
     """Held to transformers 4.57.6, which still follows the paper; see make_golden_model.py."""
     cases = json.loads((GOLDEN / "positions.json").read_text())
-    assert any(part[0] == "video" and part[1] > max(part[2:]) for case in cases for part in case["parts"] if part[1:])
+    assert any(
+        part[0] == "video" and part[1] > max(part[2:])
+        for case in cases
+        for part in case["parts"]
+        if part[1:]
+    )
     for case in cases:
         parts = [part[0] if len(part) == 1 else tuple(part) for part in case["parts"]]
-        positions, deltas = rope_index(SHAPES["plain"], make_batch([thin_row(SHAPES["plain"], parts)]))
+        positions, deltas = rope_index(
+            SHAPES["plain"], make_batch([thin_row(SHAPES["plain"], parts)])
+        )
         assert positions[:, 0].tolist() == case["position_ids"]
         assert deltas.item() == case["rope_delta"]
 
@@ -304,7 +350,9 @@ def test_positions_refuse_grids_that_do_not_fit():
     with pytest.raises(ValueError, match="placeholder"):
         get_rope_index(config, ids, torch.tensor([[1, 4, 6]]))  # six tokens, four placeholders
     with pytest.raises(ValueError, match="placeholder"):
-        get_rope_index(config, ids, torch.tensor([[1, 4, 4], [1, 4, 4]]))  # a picture that is nowhere
+        get_rope_index(
+            config, ids, torch.tensor([[1, 4, 4], [1, 4, 4]])
+        )  # a picture that is nowhere
     with pytest.raises(ValueError, match="placeholder"):
         get_rope_index(config, ids, video_grid_thw=torch.tensor([[1, 4, 4]]))  # of the wrong kind
 
@@ -327,7 +375,10 @@ def test_all_attention_ways_agree(shape, flash):
 def test_flash_attention_gets_packed_sequences(flash):
     """Pictures: an offset per temporal slice, not causal. Decoder: an offset per row, causal, without padding."""
     config = SHAPES["one kv head"]
-    rows = [random_row(config, [2, ("image", 2, 3), 1]), random_row(config, [3, ("video", 2, 1, 2), 5])]
+    rows = [
+        random_row(config, [2, ("image", 2, 3), 1]),
+        random_row(config, [3, ("video", 2, 1, 2), 5]),
+    ]
     ours("one kv head", torch.float64, "flash")(**make_batch(rows, torch.float64))
     lengths = [len(row["ids"]) for row in rows]
     assert lengths == [11, 14]
@@ -348,14 +399,18 @@ def test_each_row_of_a_batch_gives_what_it_gives_alone(shape, attention, flash):
         model, rows = ours(shape, dtype, attention), rows_of(config)
         together = model(**make_batch(rows, dtype))
         for row, logits in zip(rows, together, strict=True):
-            assert gap(logits[-len(row["ids"]) :], model(**make_batch([row], dtype))[0]) <= tolerance
+            assert (
+                gap(logits[-len(row["ids"]) :], model(**make_batch([row], dtype))[0]) <= tolerance
+            )
 
 
 @pytest.mark.parametrize("attention", WAYS)
 def test_padding_holds_nothing_that_reaches_the_rest(attention, flash):
     """Whatever ids stand in the padding, also a lot of it, and nothing comes out as NaN."""
     config, model = SHAPES["plain"], ours("plain", torch.float64, attention)
-    batch = make_batch([random_row(config, [40]), random_row(config, [2, ("image", 2, 2), 3])], torch.float64)
+    batch = make_batch(
+        [random_row(config, [40]), random_row(config, [2, ("image", 2, 2), 3])], torch.float64
+    )
     logits, padding = model(**batch), ~real_tokens(batch)
     assert logits.isfinite().all()
     batch["input_ids"][padding] = config["vocab_size"] - 1
@@ -371,9 +426,15 @@ def test_cached_decoding_is_the_run_without_cache(shape, attention, flash):
     """A left-padded batch, all but the last five words of each row first, then word by word."""
     config, model = SHAPES[shape], ours(shape, torch.float64, attention)
     names = ("only words", "several pictures in a message", "several messages")
-    batch = make_batch([random_row(config, CONVERSATIONS[name], 7) for name in names], torch.float64)
+    batch = make_batch(
+        [random_row(config, CONVERSATIONS[name], 7) for name in names], torch.float64
+    )
     whole = model(**batch)
-    ids, mask, prefill = batch["input_ids"], batch["attention_mask"], batch["input_ids"].shape[1] - 5
+    ids, mask, prefill = (
+        batch["input_ids"],
+        batch["attention_mask"],
+        batch["input_ids"].shape[1] - 5,
+    )
     cache = KVCache(model.config, rows=3, max_length=ids.shape[1], dtype=torch.float64)
     first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
     steps = [model(**first, cache=cache)]
@@ -395,7 +456,10 @@ def test_a_conversation_goes_on_in_the_cache(chats, attention, flash):
     """Three turns, with new pictures in the second: several new tokens follow cached ones, positions count on,
     and where there are two conversations, padding comes to stand in the middle of the cache."""
     config, model = SHAPES["plain"], ours("plain", torch.float64, attention)
-    rows = [[random_row(config, turn, 10 * r + t) for t, turn in enumerate(chat)] for r, chat in enumerate(chats)]
+    rows = [
+        [random_row(config, turn, 10 * r + t) for t, turn in enumerate(chat)]
+        for r, chat in enumerate(chats)
+    ]
     cache = KVCache(model.config, rows=len(chats), max_length=64, dtype=torch.float64)
     mask, out = torch.zeros(len(chats), 0, dtype=torch.long), [[] for _ in chats]
     for turn in zip(*rows, strict=True):
@@ -403,7 +467,9 @@ def test_a_conversation_goes_on_in_the_cache(chats, attention, flash):
         mask = torch.cat([mask, real_tokens(batch).long()], dim=1)
         if len(chats) > 1:
             batch["attention_mask"] = mask
-        for row, new, real in zip(out, model(**batch, cache=cache), real_tokens(batch), strict=True):
+        for row, new, real in zip(
+            out, model(**batch, cache=cache), real_tokens(batch), strict=True
+        ):
             row.append(new[real[-new.shape[0] :]])
     for row, turns, parts in zip(rows, out, chats, strict=True):
         joined = {"ids": [i for turn in row for i in turn["ids"]], "video": ([], [])}
@@ -490,7 +556,9 @@ def test_pictures_go_through_fused_attention_without_a_mask(monkeypatch):
         return original(q, k, v, attn_mask=attn_mask, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    batch = make_batch([random_row(SHAPES["plain"], [("image", 2, 2), ("image", 3, 4), ("image", 1, 2), 3])])
+    batch = make_batch(
+        [random_row(SHAPES["plain"], [("image", 2, 2), ("image", 3, 4), ("image", 1, 2), 3])]
+    )
     ours("plain").visual(batch["pixel_values"], batch["image_grid_thw"])
     assert {length for length, _ in seen} == {16, 48, 8}
     assert all(mask is None for _, mask in seen)
@@ -499,7 +567,10 @@ def test_pictures_go_through_fused_attention_without_a_mask(monkeypatch):
 @pytest.mark.parametrize("attention", WAYS)
 def test_a_float64_run_never_rounds_to_float32(attention, flash):
     """It is the truth that other dtypes are judged by."""
-    model, batch = ours("plain", torch.float64, attention), make_batch(rows_of(SHAPES["plain"]), torch.float64)
+    model, batch = (
+        ours("plain", torch.float64, attention),
+        make_batch(rows_of(SHAPES["plain"]), torch.float64),
+    )
     with Watch() as watch:
         model(**batch)
     assert {dtype for dtype in watch.dtypes if dtype.is_floating_point} == {torch.float64}
@@ -512,7 +583,15 @@ def test_what_does_not_fit_is_refused():
     config, model = SHAPES["plain"], ours("plain")
     batch = make_batch([random_row(config, [2, ("image", 2, 2), 3])])
     with pytest.raises(ValueError, match=r"4 placeholders.* 6"):
-        model(**(batch | {"image_grid_thw": torch.tensor([[1, 4, 6]]), "pixel_values": torch.zeros(24, 1176)}))
+        model(
+            **(
+                batch
+                | {
+                    "image_grid_thw": torch.tensor([[1, 4, 6]]),
+                    "pixel_values": torch.zeros(24, 1176),
+                }
+            )
+        )
     with pytest.raises(ValueError, match=r"16 patches.*24"):
         model.visual(batch["pixel_values"], torch.tensor([[1, 4, 6]]))
     with pytest.raises(ValueError, match="attention_mask"):
@@ -526,7 +605,10 @@ def test_what_does_not_fit_is_refused():
     [
         ({"num_attention_heads": 5}, r"\b5 .*\b64\b"),
         ({"num_key_value_heads": 3}, r"\b3 .*\b4\b"),
-        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, r"mrope_section \[2, 3, 4\]"),
+        (
+            {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}},
+            r"mrope_section \[2, 3, 4\]",
+        ),
         ({"rope_scaling": {"type": "elastic", "mrope_section": [2, 3, 3]}}, "elastic"),
         ({"hidden_act": "swish9"}, "swish9"),
     ],
@@ -541,7 +623,12 @@ def test_a_row_without_new_tokens_stays_where_it_is():
     config, model = SHAPES["plain"], ours("plain", torch.float64)
     cache = KVCache(model.config, rows=2, max_length=32, dtype=torch.float64)
     model(torch.tensor([[5, 6, 7], [8, 9, 10]]), cache=cache)
-    turn = make_batch([random_row(config, [1, ("image", 2, 2)]), {"ids": [], "image": ([], []), "video": ([], [])}])
+    turn = make_batch(
+        [
+            random_row(config, [1, ("image", 2, 2)]),
+            {"ids": [], "image": ([], []), "video": ([], [])},
+        ]
+    )
     turn["pixel_values"] = turn["pixel_values"].double()
     mask = torch.cat([torch.ones(2, 3, dtype=torch.long), turn["attention_mask"]], dim=1)
     logits = model(**(turn | {"attention_mask": mask}), cache=cache)

@@ -39,11 +39,15 @@ def workplace(tmp_path):
 
 
 def run(line, folder):
-    return subprocess.run(["bash", "-euo", "pipefail", "-c", line], cwd=folder, capture_output=True, text=True)
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", line], cwd=folder, capture_output=True, text=True
+    )
 
 
 def test_the_first_two_blocks_are_setup_and_tests():
-    assert COMMANDS[0].startswith("python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && ")
+    assert COMMANDS[0].startswith(
+        "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
+    )
     assert "generate.py --image examples/" in COMMANDS[0]
     assert COMMANDS[1].startswith(".venv/bin/pip install -r requirements-dev.txt && ")
     assert COMMANDS[1].endswith("-m pytest")
@@ -80,7 +84,9 @@ def test_the_python_shown_runs():
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("page", ["README.md", "tiny/README.md", "notebooks/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "tiny/README.md", "notebooks/README.md", "benchmarks/README.md"]
+)
 def test_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -92,28 +98,39 @@ def test_requirements_are_pinned():
     for name in ("requirements.txt", "requirements-notebooks.txt", "requirements-dev.txt"):
         for line in (ROOT / name).read_text().splitlines():
             wanted = line.split("#")[0].strip()
-            assert not wanted or wanted.startswith("-r ") or re.fullmatch(r"[\w-]+==[\d.]+", wanted), line
+            assert (
+                not wanted or wanted.startswith("-r ") or re.fullmatch(r"[\w-]+==[\d.]+", wanted)
+            ), line
 
 
-def test_the_table_of_ideas_links_to_the_right_lines():
-    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
+def test_the_table_of_ideas_names_what_the_files_define():
+    links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)\)", README)
     assert len(links) > 15
-    wrong = []
-    for name, file, line in links:
-        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-        [right] = [n for n, text in enumerate(lines, 1) if re.match(rf" *(def|class) {name}\b", text)]
-        if right != int(line):
-            wrong.append(f"{name}: {file}#L{right}")
-    assert not wrong
+    for name, file in links:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(def|class) {name}\b", text, flags=re.MULTILINE), (
+            f"{file} defines no {name}"
+        )
 
 
 def test_the_table_of_ideas_names_what_the_reference_has():
     pytest.importorskip("transformers")
-    names = ("models.qwen2_vl.modeling_qwen2_vl", "models.qwen2_vl.image_processing_pil_qwen2_vl", "generation.utils")
-    source = "".join(inspect.getsource(importlib.import_module(f"transformers.{name}")) for name in names)
-    rows = re.findall(r"^\| .*\.py#L\d+\).* \| (.*) \|$", README, flags=re.MULTILINE)
+    names = (
+        "models.qwen2_vl.modeling_qwen2_vl",
+        "models.qwen2_vl.image_processing_pil_qwen2_vl",
+        "generation.utils",
+    )
+    source = "".join(
+        inspect.getsource(importlib.import_module(f"transformers.{name}")) for name in names
+    )
+    rows = re.findall(r"^\| .*`\]\(.*\.py\).* \| (.*) \|$", README, flags=re.MULTILINE)
     assert len(rows) > 10
-    named = [part for row in rows if not row.startswith("none") for part in re.findall(r"`([\w.]+)`", row)]
+    named = [
+        part
+        for row in rows
+        if not row.startswith("none")
+        for part in re.findall(r"`([\w.]+)`", row)
+    ]
     parts = {part for name in named if not name.endswith(".json") for part in name.split(".")}
     assert [part for part in parts if not re.search(rf"\b{part}\b", source)] == []
 
@@ -137,33 +154,16 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_memory_of_the_published_checkpoints_is_that_of_their_shapes(size):
-    held = [weights(PUBLISHED[size], torch.bfloat16, quantize)[0] / 1e9 for quantize in (None, "int8", "int4")]
+    held = [
+        weights(PUBLISHED[size], torch.bfloat16, quantize)[0] / 1e9
+        for quantize in (None, "int8", "int4")
+    ]
     with torch.device("meta"):
         cache = KVCache(PUBLISHED[size], rows=1, max_length=1000, dtype=torch.bfloat16)
     room = cache.keys.nbytes + cache.values.nbytes
     sizes = " | ".join(f"{size:.1f} GB" for size in held)
     row = f"-{size}-Instruct` | {held[0] / 2:.1f} billion | {sizes} | {room / 1e6:.0f} MB |"
     assert row in README
-
-
-def words_of(path):
-    """Words, names and numbers that a reader meets in a file; of a notebook in its cells, without outputs."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb":
-        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
-    return len(re.findall(r"\w+", text))
-
-
-@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("notebooks/README.md", 6)])
-def test_the_minutes_are_words_at_the_speed_that_is_stated(page, count):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    [speed] = re.findall(r"at (\d+) a\s+minute", text)
-    told = re.findall(r"^\| \[.+?\]\((\w+\.\w+)\) \|.*\| (\d+)(?: minutes)? \|$", text, flags=re.MULTILINE)
-    assert len(told) == count
-    right = {name: words_of((ROOT / page).parent / name) / int(speed) for name, _ in told}
-    wrong = {name: f"{minutes} minutes, now {right[name]:.1f}" for name, minutes in told
-             if abs(right[name] - int(minutes)) > max(1, right[name] / 10)}  # fmt: skip
-    assert not wrong
 
 
 def speed_table(found):
@@ -176,10 +176,15 @@ def speed_table(found):
         "cold start to first token",
         "peak memory",
     )
-    lines = ["| what | bfloat16 | of the ceiling | float32 | of the ceiling | apart |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| what | bfloat16 | of the ceiling | float32 | of the ceiling | apart |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in names:
         rows = [row for row in found["rows"] if row["metric"] == name]
-        half, full = (next(row for row in rows if row["dtype"] == dtype) for dtype in ("bfloat16", "float32"))
+        half, full = (
+            next(row for row in rows if row["dtype"] == dtype) for dtype in ("bfloat16", "float32")
+        )
         cells = [name]
         for row in (half, full):
             share = row["ours_of_ceiling"]

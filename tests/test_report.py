@@ -23,11 +23,14 @@ from test_explain import CASES, EXAMPLES, clip, conversation, small_batch
 import qwen2vl
 from extras import report
 from generate import stream
-from preprocess import ImageConfig, load_image, normalise, patchify, resize
+from media import load_image
+from preprocess import ImageConfig, normalise, patchify, resize
 from qwen2vl import get_rope_index
 
 processor, tiny = test_explain.processor, test_explain.tiny  # the fixtures
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 def page_of(path, model, processor, media=("shapes",), tokens=12):
@@ -38,7 +41,9 @@ def page_of(path, model, processor, media=("shapes",), tokens=12):
     text = path.read_text(encoding="utf-8")
     return (
         text,
-        json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]),
+        json.loads(
+            re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+        ),
         batch,
         ids,
     )
@@ -49,23 +54,35 @@ def unpacked(data):
     shape = data["layers"], data["heads"], len(data["words"])
     content = zlib.decompress(base64.b64decode(data["attention"]))
     largest = np.frombuffer(content, np.float32, np.prod(shape)).reshape(*shape, 1)
-    return largest * np.frombuffer(content, np.uint8, offset=largest.nbytes).reshape(*shape, -1) / 255
+    return (
+        largest * np.frombuffer(content, np.uint8, offset=largest.nbytes).reshape(*shape, -1) / 255
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the numbers
 WINDOW = small_config(layers=3, use_sliding_window=True, sliding_window=7, max_window_layers=1)
 
 
-@pytest.mark.parametrize("config", [*(SHAPES[n] for n in ("plain", "one kv head", "like 7B", "deep")), WINDOW])
+@pytest.mark.parametrize(
+    "config", [*(SHAPES[n] for n in ("plain", "one kv head", "like 7B", "deep")), WINDOW]
+)
 def test_attention_and_logits_equal_those_of_the_cached_steps(config, monkeypatch):
     model = our_model(config, random_weights(config, seed=3), attention="plain")
     model.generation_config = {"eos_token_id": []}
-    batch, seen, logits = small_batch(config, [2, ("image", 2, 3), 3, ("video", 2, 2, 1), 2]), [], []
+    batch, seen, logits = (
+        small_batch(config, [2, ("image", 2, 3), 3, ("video", 2, 2, 1), 2]),
+        [],
+        [],
+    )
     model.register_forward_hook(lambda module, inputs, output: logits.append(output[0, -1]))
 
     def attention(q, k, v, plan):
-        if plan.causal or plan.mask is not None or q.shape[2] == 1:  # the decoder's, not the vision tower's
-            unit = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)  # attending to it gives the weights themselves
+        if (
+            plan.causal or plan.mask is not None or q.shape[2] == 1
+        ):  # the decoder's, not the vision tower's
+            unit = torch.eye(k.shape[2]).expand(
+                *k.shape[:2], -1, -1
+            )  # attending to it gives the weights themselves
             seen.append(plain(q, k, unit, plan)[0, :, -1])  # [H, K]
         return plain(q, k, v, plan)
 
@@ -75,7 +92,9 @@ def test_attention_and_logits_equal_those_of_the_cached_steps(config, monkeypatc
     monkeypatch.undo()
     layers, columns = config["num_hidden_layers"], list(range(batch.input_ids.shape[1]))
     assert len(seen) == 5 * layers
-    steps = [torch.stack(seen[n * layers : (n + 1) * layers])[..., : len(columns)] for n in range(5)]
+    steps = [
+        torch.stack(seen[n * layers : (n + 1) * layers])[..., : len(columns)] for n in range(5)
+    ]
     stepwise = torch.stack(logits)
     found, again = report.look(model, batch, ids, columns)
     assert gap(found, torch.stack(steps, dim=2)) < 1e-6
@@ -87,10 +106,16 @@ def test_attention_and_logits_equal_those_of_the_cached_steps(config, monkeypatc
 def test_attention_is_the_same_whichever_way_the_model_attends(way, flash):
     config = SHAPES["plain"]
     batch = small_batch(config, [2, ("image", 2, 3), 3])
-    one, other = (our_model(config, random_weights(config), attention=name) for name in ("plain", way))
+    one, other = (
+        our_model(config, random_weights(config), attention=name) for name in ("plain", way)
+    )
     columns = list(range(3, 9))
     assert (
-        gap(report.look(one, batch, [7, 8, 9], columns)[0], report.look(other, batch, [7, 8, 9], columns)[0]) < 1e-6
+        gap(
+            report.look(one, batch, [7, 8, 9], columns)[0],
+            report.look(other, batch, [7, 8, 9], columns)[0],
+        )
+        < 1e-6
     )
 
 
@@ -120,7 +145,9 @@ def test_packed_attention_is_off_by_a_510th_of_the_largest_at_most():
 
 
 @pytest.mark.parametrize(("most", "stored"), [(16, (4, 4)), (15, (4, 1)), (4, (4, 1)), (3, (1, 1))])
-def test_a_page_that_grew_too_large_holds_means(tmp_path, tiny, processor, monkeypatch, most, stored):
+def test_a_page_that_grew_too_large_holds_means(
+    tmp_path, tiny, processor, monkeypatch, most, stored
+):
     monkeypatch.setattr(report, "MOST", most * 3 * 6)  # words and tokens
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -146,22 +173,34 @@ def test_the_page_holds_the_models_numbers(tmp_path, tiny, processor, media):
     assert "".join(word["text"] for word in data["words"]) == processor.tokenizer.decode(ids, False)
     for word, id, chances in zip(data["words"], ids, logits.softmax(-1), strict=True):
         assert word["chance"] == pytest.approx(chances[id].item())
-        assert [p for _, p in word["runners"]] == pytest.approx(chances.sort(descending=True).values[:5].tolist())
+        assert [p for _, p in word["runners"]] == pytest.approx(
+            chances.sort(descending=True).values[:5].tolist()
+        )
         assert word["runners"][0][0] == processor.tokenizer.decode([chances.argmax()], False)
 
     arrays = (np.array([prompt + ids]), batch.image_grid_thw, batch.video_grid_thw)
-    positions, _ = get_rope_index(tiny.config, *(None if x is None else torch.as_tensor(x) for x in arrays))
+    positions, _ = get_rope_index(
+        tiny.config, *(None if x is None else torch.as_tensor(x) for x in arrays)
+    )
     told = []
     for row in data["positions"]:  # within a row of a picture only the width runs on
         assert [low == high for low, high in row["at"][:2]] == [True, True]
         assert row["at"][2][1] - row["at"][2][0] == row["count"] - 1
         assert row["first"] == len(told)
-        told += [[row["at"][0][0], row["at"][1][0], row["at"][2][0] + x] for x in range(row["count"])]
+        told += [
+            [row["at"][0][0], row["at"][1][0], row["at"][2][0] + x] for x in range(row["count"])
+        ]
     assert told == positions[:, 0].T.tolist()
 
-    shown = [i for one in data["pictures"] for i in range(one["token"], one["token"] + one["rows"] * one["cols"])]
+    shown = [
+        i
+        for one in data["pictures"]
+        for i in range(one["token"], one["token"] + one["rows"] * one["cols"])
+    ]
     assert shown == columns
-    assert [columns[one["first"]] for one in data["pictures"]] == [one["token"] for one in data["pictures"]]
+    assert [columns[one["first"]] for one in data["pictures"]] == [
+        one["token"] for one in data["pictures"]
+    ]
 
 
 def test_the_page_is_small_and_needs_nothing_else(tmp_path, tiny, processor):
@@ -169,7 +208,9 @@ def test_the_page_is_small_and_needs_nothing_else(tmp_path, tiny, processor):
     assert len(text.encode()) < 150_000
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"[\w+/=]{100,}", "", text))
     assert "default-src 'none'" in text
-    assert all(one["src"].startswith(("data:image/png;", "data:image/jpeg;")) for one in data["pictures"])
+    assert all(
+        one["src"].startswith(("data:image/png;", "data:image/jpeg;")) for one in data["pictures"]
+    )
 
 
 def picture_at(address):
@@ -187,7 +228,9 @@ def test_a_photograph_becomes_a_jpeg_as_that_is_smaller():
 def test_pictures_are_shown_as_the_model_gets_them(tmp_path, tiny, processor):
     _, data, batch, _ = page_of(tmp_path / "page.html", tiny, processor, ("shapes", 5))
     drawn, *frames = (picture_at(one["src"]) for one in data["pictures"])
-    assert (np.asarray(drawn) == resize(load_image(EXAMPLES / "shapes.png"), processor.image_config)).all()
+    assert (
+        np.asarray(drawn) == resize(load_image(EXAMPLES / "shapes.png"), processor.image_config)
+    ).all()
     film = report.unpatchify(batch.media[1].patches, batch.media[1].grid, processor.image_config)
     assert (np.stack(frames) == film[::2]).all()  # the first of each pair
     assert [one["name"] for one in data["pictures"]][1:] == [
@@ -200,7 +243,12 @@ HOSTILE = "</script><script>document.title = 'ha'</script><!--"
 def test_no_name_nor_answer_breaks_out_of_the_data(tmp_path, tiny, processor):
     media = clip(processor, 2, name=HOSTILE)
     batch = processor(
-        [{"role": "user", "content": [{"type": "video", "video": media}, {"type": "text", "text": HOSTILE}]}]
+        [
+            {
+                "role": "user",
+                "content": [{"type": "video", "video": media}, {"type": "text", "text": HOSTILE}],
+            }
+        ]
     )
     ids = processor.tokenizer.encode(HOSTILE)
     report.write(tmp_path / "page.html", tiny, processor, batch, ids)
@@ -215,7 +263,9 @@ def test_a_character_of_several_tokens_stands_whole_at_its_last(tmp_path, tiny, 
     batch, ids = conversation(processor), processor.tokenizer.encode("é😀")
     report.write(tmp_path / "page.html", tiny, processor, batch, ids)
     data = json.loads(
-        re.search(r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text(encoding="utf-8"), re.S)[1]
+        re.search(
+            r'id="data">(.*?)</script>', (tmp_path / "page.html").read_text(encoding="utf-8"), re.S
+        )[1]
     )
     assert [word["text"] for word in data["words"]] == ["", "é", "", "", "", "😀"]
 
@@ -233,8 +283,23 @@ class Browser:
         (from_us, to_browser), (from_browser, to_us) = os.pipe(), os.pipe()
         # The browser reads its file descriptor 3 and writes 4.
         line = f'exec "$@" 3<&{from_us} 4>&{to_us}'
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-pipe"]
-        command = ["bash", "-c", line, "bash", program, *flags, f"--user-data-dir={profile}", "about:blank"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--remote-debugging-pipe",
+        ]
+        command = [
+            "bash",
+            "-c",
+            line,
+            "bash",
+            program,
+            *flags,
+            f"--user-data-dir={profile}",
+            "about:blank",
+        ]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, pass_fds=(from_us, to_us), **quiet)
         os.close(from_us)
@@ -242,7 +307,11 @@ class Browser:
         self.into, self.out = os.fdopen(to_browser, "wb", 0), os.fdopen(from_browser, "rb", 0)
         self.number, self.unread, self.events, self.session = 0, b"", [], {}
         target = self.do("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        self.session = {
+            "sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.do(f"{domain}.enable")
 
@@ -263,13 +332,23 @@ class Browser:
         return answer["result"]
 
     def js(self, expression):
-        answer = self.do("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = self.do(
+            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def open(self, path, fragment="", width=1000, mode="light"):
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
-        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}])
+        self.do(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=800,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.do(
+            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": mode}]
+        )
         self.do("Page.navigate", url="about:blank")
         self.events.clear()
         self.do("Page.navigate", url=f"{path.as_uri()}{fragment}")
@@ -294,10 +373,14 @@ class Browser:
 
     def hover(self, element, x=0.5, y=0.5):
         """Moves the mouse over an element, given as an expression; x and y are shares of its width and height."""
-        box = self.js(f"{element}.scrollIntoView({{block: 'center'}}), {element}.getBoundingClientRect().toJSON()")
+        box = self.js(
+            f"{element}.scrollIntoView({{block: 'center'}}), {element}.getBoundingClientRect().toJSON()"
+        )
         place = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
         for step in (-1, 0):
-            self.do("Input.dispatchMouseEvent", type="mouseMoved", x=place["x"] + step, y=place["y"])
+            self.do(
+                "Input.dispatchMouseEvent", type="mouseMoved", x=place["x"] + step, y=place["y"]
+            )
 
     def text(self, selector):
         return self.js(f"document.querySelector({selector!r}).textContent")
@@ -321,7 +404,9 @@ def pages(tmp_path_factory, tiny, processor):
     """A page for each case, written once: its path and what `page_of` gives."""
     folder = tmp_path_factory.mktemp("pages")
     paths = {name: folder / f"{name.replace(' ', '-')}.html" for name in CASES}
-    return {name: (path, *page_of(path, tiny, processor, CASES[name])) for name, path in paths.items()}
+    return {
+        name: (path, *page_of(path, tiny, processor, CASES[name])) for name, path in paths.items()
+    }
 
 
 def percent(share):
@@ -339,16 +424,24 @@ WORD = "[...document.querySelectorAll('[role=option]')].findIndex(o => o.ariaSel
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1000])
 @pytest.mark.parametrize("case", CASES)
-def test_pages_open_without_errors_requests_or_sideways_scrolling(browser, pages, case, width, mode):
+def test_pages_open_without_errors_requests_or_sideways_scrolling(
+    browser, pages, case, width, mode
+):
     browser.open(pages[case][0], width=width, mode=mode)
     assert browser.js("document.documentElement.scrollWidth <= window.innerWidth")
     assert browser.js("[...document.images].every(image => image.complete && image.naturalWidth)")
-    lightness = browser.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]")
+    lightness = browser.js(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0]"
+    )
     assert (lightness > 200) == (mode == "light")
     kinds = [event["method"] for event in browser.events]
     assert "Runtime.exceptionThrown" not in kinds
     assert "Log.entryAdded" not in kinds
-    asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    asked = [
+        e["params"]["request"]["url"]
+        for e in browser.events
+        if e["method"] == "Network.requestWillBeSent"
+    ]
     assert all(url.startswith(("file:", "data:")) for url in asked)
     assert asked, "the page itself at least"
 
@@ -361,14 +454,22 @@ def test_arrow_keys_step_from_word_to_word(browser, pages):
     browser.press("ArrowRight", "ArrowRight", "ArrowLeft")
     assert browser.js(WORD) == 2
     assert browser.js("document.activeElement.textContent") == data["words"][2]["text"]
-    assert browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"  # the focus can be seen
+    assert (
+        browser.js("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    )  # the focus can be seen
     assert browser.text("#status").startswith(f"Word 3 of {len(data['words'])}, ")
     assert percent(data["words"][2]["chance"]) in browser.text("#status")
-    marked = browser.js("[...document.querySelectorAll('tr.marked td')].map(cell => cell.textContent)")
+    marked = browser.js(
+        "[...document.querySelectorAll('tr.marked td')].map(cell => cell.textContent)"
+    )
     row = data["positions"][-len(data["words"]) + 2]
     assert marked[1:] == [str(row["first"]), *(str(low) for low, _ in row["at"])]
-    runners = browser.js("[...document.querySelectorAll('#runners tbody tr')].map(r => r.textContent)")
-    assert [r.strip() for r in runners] == [f"{t} {percent(p)}".strip() for t, p in data["words"][2]["runners"]]
+    runners = browser.js(
+        "[...document.querySelectorAll('#runners tbody tr')].map(r => r.textContent)"
+    )
+    assert [r.strip() for r in runners] == [
+        f"{t} {percent(p)}".strip() for t, p in data["words"][2]["runners"]
+    ]
     browser.press("End")
     assert browser.js(WORD) == len(data["words"]) - 1
     browser.press("ArrowRight")  # stays
@@ -405,7 +506,9 @@ def test_tab_goes_through_the_page_in_order(browser, pages):
     stops = []
     for _ in range(8):
         browser.press("Tab")
-        stops.append(browser.js("document.activeElement.id || document.activeElement.getAttribute('role')"))
+        stops.append(
+            browser.js("document.activeElement.id || document.activeElement.getAttribute('role')")
+        )
     assert stops == ["option", "layer", "head", "show-heat", "show-grid", "img", "img", "region"]
 
 
@@ -417,7 +520,9 @@ def test_hovering_over_a_word_shows_what_it_looked_at(browser, pages):
         browser.hover(f"document.querySelectorAll('[role=option]')[{word}]")
         assert browser.js(WORD) == word
         assert close_to(browser.text("#most"), weights[word].max())
-        shares = browser.js("[...document.querySelectorAll('figcaption strong')].map(share => share.textContent)")
+        shares = browser.js(
+            "[...document.querySelectorAll('figcaption strong')].map(share => share.textContent)"
+        )
         first = data["pictures"][1]["first"]
         assert close_to(shares[0], weights[word, :first].sum())
         assert close_to(shares[1], weights[word, first:].sum())
@@ -471,8 +576,13 @@ def test_one_token_of_a_picture_is_told_by_mouse_and_by_keys(browser, pages):
         token = picture["token"] + y * cols + x
         [row] = [r for r in data["positions"] if r["first"] <= token < r["first"] + r["count"]]
         (t, _), (h, _), (w, _) = row["at"]
-        assert f"row {y + 1}, column {x + 1}: token {token}, position time {t}, height {h}, width {w + x};" in told
-        assert close_to(re.search(r"; (.*%)", told)[1], weights[word, picture["first"] + y * cols + x])
+        assert (
+            f"row {y + 1}, column {x + 1}: token {token}, position time {t}, height {h}, width {w + x};"
+            in told
+        )
+        assert close_to(
+            re.search(r"; (.*%)", told)[1], weights[word, picture["first"] + y * cols + x]
+        )
         assert browser.text("tr.pointed td") == row["what"]
 
     browser.hover("document.querySelectorAll('.heat')[1]", (2 + 0.5) / cols, (1 + 0.5) / rows)

@@ -64,7 +64,9 @@ def test_a_shape_stands_at_its_place_in_its_colour():
             assert 0 < left < right < one.width
             assert 0 < top < bottom < one.height
             x, y = (left + right) / 2, (top + bottom) / 2
-            assert scenes.PLACES[int(y / one.height * 3) * 3 + int(x / one.width * 3)] == shape.place
+            assert (
+                scenes.PLACES[int(y / one.height * 3) * 3 + int(x / one.width * 3)] == shape.place
+            )
             assert picture.getpixel((int(x), int(y))) == scenes.COLOURS[shape.colour]
 
 
@@ -75,7 +77,12 @@ def painted(picture, shape):
 
 
 def test_the_kinds_differ_by_the_area_they_fill():
-    expected = {"square": (0.99, 1), "circle": (0.65, 0.8), "triangle": (0.4, 0.5), "star": (0.15, 0.35)}
+    expected = {
+        "square": (0.99, 1),
+        "circle": (0.65, 0.8),
+        "triangle": (0.4, 0.5),
+        "star": (0.15, 0.35),
+    }
     assert set(expected) == set(scenes.KINDS)
     for seed in SEEDS:
         [one] = scenes.lesson("shapes", seed).scenes
@@ -126,7 +133,11 @@ def hits(one, words):
     words = words.rstrip("?.").split()
     colours = [word for word in words if word in scenes.COLOURS]
     kinds = [kind for kind in scenes.KINDS for word in words if word in (kind, kind + "s")]
-    return [s for s in one.shapes if s.colour in (colours or scenes.COLOURS) and s.kind in (kinds or scenes.KINDS)]
+    return [
+        s
+        for s in one.shapes
+        if s.colour in (colours or scenes.COLOURS) and s.kind in (kinds or scenes.KINDS)
+    ]
 
 
 def only(one, words):
@@ -192,11 +203,18 @@ def test_answers_about_shapes_are_true():
             elif exchange.skill == "ground":
                 name, *box = re.fullmatch(BOXED, answer).groups()
                 assert question.rstrip(".").endswith(f" {name}")
-                edges = [e / s for e, s in zip(only(one, name).box, (one.width, one.height) * 2, strict=True)]
-                assert [int(number) for number in box] == pytest.approx([1000 * edge for edge in edges], abs=5)
+                edges = [
+                    e / s
+                    for e, s in zip(only(one, name).box, (one.width, one.height) * 2, strict=True)
+                ]
+                assert [int(number) for number in box] == pytest.approx(
+                    [1000 * edge for edge in edges], abs=5
+                )
             else:
                 assert answer == spoken(one, question), (seed, question)
-                for (before, _), (question, answer) in zip(exchange.turns, exchange.turns[1:], strict=False):
+                for (before, _), (question, answer) in zip(
+                    exchange.turns, exchange.turns[1:], strict=False
+                ):
                     assert answer == spoken(one, question, before), (seed, before, question)
     assert skills == set(scenes.SKILLS["shapes"])
 
@@ -207,7 +225,9 @@ def test_answers_about_words_are_true():
         [exchange] = lesson.exchanges
         [(_, answer)] = exchange.turns
         assert answer == " ".join(line.text for line in lesson.scenes[0].lines)
-        assert [line.top for line in lesson.scenes[0].lines] == sorted(line.top for line in lesson.scenes[0].lines)
+        assert [line.top for line in lesson.scenes[0].lines] == sorted(
+            line.top for line in lesson.scenes[0].lines
+        )
 
 
 def test_answers_about_several_pictures_are_true():
@@ -216,13 +236,19 @@ def test_answers_about_several_pictures_are_true():
         for exchange in lesson.exchanges:
             [(question, answer)] = exchange.turns
             if found := re.fullmatch(r"How many (.*) are there in picture (\d)\?", question):
-                assert answer == scenes.NUMBERS[len(hits(lesson.scenes[int(found[2]) - 1], found[1]))] + "."
+                assert (
+                    answer
+                    == scenes.NUMBERS[len(hits(lesson.scenes[int(found[2]) - 1], found[1]))] + "."
+                )
                 continue
             if exchange.skill == "inside":
                 there = lesson.scenes[int(question[-2]) - 1].shapes
                 assert answer.lower() == ", ".join(f"a {shape.name}" for shape in there) + "."
                 continue
-            numbers = [len(hits(one, question.replace(" shows", "").replace(" has", ""))) for one in lesson.scenes]
+            numbers = [
+                len(hits(one, question.replace(" shows", "").replace(" has", "")))
+                for one in lesson.scenes
+            ]
             number = int(answer[-2]) - 1
             assert answer == f"Picture {number + 1}."
             others = numbers[:number] + numbers[number + 1 :]
@@ -238,7 +264,9 @@ def test_answers_about_clips_are_true():
         assert 4 <= len(frames) <= 8
         seen = [{shape.name for shape in frame.shapes} for frame in frames]
         order = [(i, name, "appears") for i, (a, b) in enumerate(pairwise(seen)) for name in b - a]
-        order = sorted(order + [(i, n, "disappears") for i, (a, b) in enumerate(pairwise(seen)) for n in a - b])
+        order = sorted(
+            order + [(i, n, "disappears") for i, (a, b) in enumerate(pairwise(seen)) for n in a - b]
+        )
         for exchange in lesson.exchanges:
             [(question, answer)] = exchange.turns
             if "flashes" in question:
@@ -246,7 +274,9 @@ def test_answers_about_clips_are_true():
                 assert answer == scenes.NUMBERS[sum(lit)] + "."
                 assert not any(a and b for a, b in pairwise(lit))
             elif "there at" in question:
-                there = [f"a {shape.name}" for shape in frames[-1 if "end" in question else 0].shapes]
+                there = [
+                    f"a {shape.name}" for shape in frames[-1 if "end" in question else 0].shapes
+                ]
                 assert answer.lower() == (", ".join(there) or "nothing") + "."
             elif "happens" in question:
                 _, name, what = order[0 if "first" in question else -1]
@@ -276,7 +306,9 @@ def test_training_uses_no_evaluation_seed_and_no_seed_twice(monkeypatch, folder)
     seeds = []
     original = scenes.lesson
     monkeypatch.setattr(
-        train, "lesson", lambda topic, seed, *more: seeds.append(seed) or original(topic, seed, *more)
+        train,
+        "lesson",
+        lambda topic, seed, *more: seeds.append(seed) or original(topic, seed, *more),
     )
     batches = train.Batches(folder, parts=2, work=500)
     for place in ((0, 0), (0, 1), (1, 0), (9000, 1)):
@@ -302,7 +334,7 @@ def test_examples_are_what_the_seeds_draw_and_the_model_describes_them(name):
 def test_the_checkpoint_is_small_and_in_bfloat16():
     assert (CHECKPOINT / "model.safetensors").stat().st_size <= 16_000_000
     with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}
     config = json.loads((CHECKPOINT / "config.json").read_text())
     assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
     assert config["model_type"] == "qwen2_vl"
@@ -312,12 +344,19 @@ def test_the_tokenizer_is_complete_and_fits_the_config():
     tokenizer = Tokenizer.from_pretrained(CHECKPOINT)
     config = load_model(CHECKPOINT).config
     ids = [tokenizer.token_id(token) for token in CONTROL]
-    assert ids == list(range(ids[0], ids[0] + 14)), "the 14 control tokens, in their order, after all others"
+    assert ids == list(range(ids[0], ids[0] + 14)), (
+        "the 14 control tokens, in their order, after all others"
+    )
     assert config.vocab_size == ids[-1] + 1
     named = {"<|im_end|>": config.eos_token_id, "<|vision_start|>": config.vision_start_token_id}
     named |= {"<|image_pad|>": config.image_token_id, "<|video_pad|>": config.video_token_id}
     assert {name: tokenizer.token_id(name) for name in named} == named
-    for text in ("A red circle at the top left.", "naïve café – 日本語 🙂\n\n  x = 3;", "Ångström ½", ""):
+    for text in (
+        "A red circle at the top left.",
+        "naïve café – 日本語 🙂\n\n  x = 3;",
+        "Ångström ½",
+        "",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     words = "A purple triangle at the bottom right, a yellow star in the center."
     assert len(tokenizer.encode(words)) == 15, "the words of the world are one token each"
@@ -326,7 +365,8 @@ def test_the_tokenizer_is_complete_and_fits_the_config():
 def test_the_committed_model_knows_what_its_page_says():
     page = (ROOT / "tiny" / "README.md").read_text()
     told = {
-        skill: float(share) / 100 for skill, share in re.findall(r"^\| (\w+) \| ([\d.]+) % \|$", page, re.MULTILINE)
+        skill: float(share) / 100
+        for skill, share in re.findall(r"^\| (\w+) \| ([\d.]+) % \|$", page, re.MULTILINE)
     }
     shares = score.score(CHECKPOINT, count=40)  # of the 1,000 on that page the first
     assert told.keys() == shares.keys()
@@ -334,19 +374,29 @@ def test_the_committed_model_knows_what_its_page_says():
 
 
 TWO_TURNS = [
-    {"role": "user", "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "And this? "}]},
+    {
+        "role": "user",
+        "content": [{"type": "image", "image": "a"}, {"type": "text", "text": "And this? "}],
+    },
     {"role": "assistant", "content": "A red circle."},
-    {"role": "user", "content": [{"image_url": "b"}, {"type": "video", "video": "c"}, {"text": "{{ x }}\n"}]},
+    {
+        "role": "user",
+        "content": [{"image_url": "b"}, {"type": "video", "video": "c"}, {"text": "{{ x }}\n"}],
+    },
 ]
 
 
-@pytest.mark.parametrize("messages", [TWO_TURNS, [{"role": "system", "content": " Be brief.\n"}, *TWO_TURNS]])
+@pytest.mark.parametrize(
+    "messages", [TWO_TURNS, [{"role": "system", "content": " Be brief.\n"}, *TWO_TURNS]]
+)
 @pytest.mark.parametrize("flags", [(True, True), (False, False)])
 def test_the_jinja_template_renders_what_our_tokenizer_writes(messages, flags):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
     prompt, vision_id = flags
-    expected = Tokenizer.from_pretrained(CHECKPOINT).apply_chat_template(messages, prompt, vision_id)
+    expected = Tokenizer.from_pretrained(CHECKPOINT).apply_chat_template(
+        messages, prompt, vision_id
+    )
     rendered = theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=prompt, add_vision_id=vision_id
     )
@@ -357,10 +407,15 @@ def test_transformers_opens_the_folder_and_gives_the_same_answers():
     transformers = pytest.importorskip("transformers")
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    theirs = transformers.Qwen2VLForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    theirs = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        CHECKPOINT, dtype=torch.float32
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(CHECKPOINT)
     images = Qwen2VLImageProcessorPil.from_pretrained(CHECKPOINT)
-    ours, processor = load_model(CHECKPOINT, dtype=torch.float32), Processor.from_pretrained(CHECKPOINT)
+    ours, processor = (
+        load_model(CHECKPOINT, dtype=torch.float32),
+        Processor.from_pretrained(CHECKPOINT),
+    )
     for seed in range(4):
         one = scenes.lesson("shapes", seed)
         picture, messages = scenes.draw(one.scenes[0]), scenes.messages(one, one.exchanges)[:1]
@@ -370,7 +425,9 @@ def test_transformers_opens_the_folder_and_gives_the_same_answers():
         pixels = images([picture], return_tensors="pt")
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         count = int(pixels["image_grid_thw"].prod()) // 4
-        inputs = tokenizer(prompt.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt")
+        inputs = tokenizer(
+            prompt.replace("<|image_pad|>", "<|image_pad|>" * count), return_tensors="pt"
+        )
         assert inputs["input_ids"].tolist() == batch.input_ids.tolist()
         kinds = (inputs["input_ids"] == tokenizer.convert_tokens_to_ids("<|image_pad|>")).int()
         answer = theirs.generate(**inputs, **pixels, mm_token_type_ids=kinds, max_new_tokens=128)
@@ -380,12 +437,16 @@ def test_transformers_opens_the_folder_and_gives_the_same_answers():
 # --------------------------------------------------------------------------------------------------- the training
 
 
-@pytest.mark.parametrize(("topic", "part"), [("shapes", 0), ("words", 1), ("album", 2), ("clip", 3)])
+@pytest.mark.parametrize(
+    ("topic", "part"), [("shapes", 0), ("words", 1), ("album", 2), ("clip", 3)]
+)
 def test_the_loss_is_on_the_answers_and_their_end(topic, part, monkeypatch, folder):
     monkeypatch.setattr(train, "CURRICULUM", {0: " ".join(scenes.SKILLS)})
     asked = []
     original = train.messages
-    monkeypatch.setattr(train, "messages", lambda one, some: asked.append(some) or original(one, some))
+    monkeypatch.setattr(
+        train, "messages", lambda one, some: asked.append(some) or original(one, some)
+    )
     found, batch = train.Batches(folder, parts=4, work=900)[9000, part]
     assert found == topic
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -393,13 +454,17 @@ def test_the_loss_is_on_the_answers_and_their_end(topic, part, monkeypatch, fold
         said = tokenizer.decode(ids[mask].tolist(), skip_special_tokens=False)
         answers = [answer for exchange in some for _, answer in exchange.turns]
         assert said == "<|im_end|>".join([*answers, ""])
-        assert tokenizer.token_id("<|box_start|>") in ids[mask] or not any("box" in answer for answer in answers)
+        assert tokenizer.token_id("<|box_start|>") in ids[mask] or not any(
+            "box" in answer for answer in answers
+        )
 
 
 def lessons_of(folder, monkeypatch, topic, step):
     """What a step asks about, and the lessons, in its parts of one topic."""
     taken, original = [], train.messages
-    monkeypatch.setattr(train, "messages", lambda one, some: taken.append((one, some)) or original(one, some))
+    monkeypatch.setattr(
+        train, "messages", lambda one, some: taken.append((one, some)) or original(one, some)
+    )
     batches = train.Batches(folder, parts=24, work=900)
     for part in range(24):
         before = len(taken)
@@ -413,7 +478,9 @@ def test_training_starts_with_describing_lone_shapes(folder, monkeypatch):
     assert {exchange.skill for _, asked in lone for exchange in asked} == {"describe"}
     assert {len(one.scenes[0].shapes) for one, _ in lone} == {1}
     places = lessons_of(folder, monkeypatch, "places", train.GROW)
-    assert {exchange.skill for _, asked in places for exchange in asked} == set(train.TOPICS["places"][1])
+    assert {exchange.skill for _, asked in places for exchange in asked} == set(
+        train.TOPICS["places"][1]
+    )
     assert {len(one.scenes[0].shapes) for one, _ in places} == {1, 2}
 
 
@@ -429,10 +496,21 @@ def test_a_description_comes_last_and_often_alone(folder, monkeypatch):
 
 
 def test_names_are_practised_alone_and_relations_first_with_two_words(folder, monkeypatch):
-    for step, ways in ((begins("names"), {"left", "above"}), (train.STAGES[0], {"left", "above", "right", "below"})):
-        lessons = [one for i in range(4) for one in lessons_of(folder, monkeypatch, "names", step + i)]
-        named = [some for _, some in lessons if any(exchange.skill in train.TOPICS["names"][1] for exchange in some)]
-        assert len(named) > len(lessons) / 2, "there are few pictures in which no shape has a name of its own"
+    for step, ways in (
+        (begins("names"), {"left", "above"}),
+        (train.STAGES[0], {"left", "above", "right", "below"}),
+    ):
+        lessons = [
+            one for i in range(4) for one in lessons_of(folder, monkeypatch, "names", step + i)
+        ]
+        named = [
+            some
+            for _, some in lessons
+            if any(exchange.skill in train.TOPICS["names"][1] for exchange in some)
+        ]
+        assert len(named) > len(lessons) / 2, (
+            "there are few pictures in which no shape has a name of its own"
+        )
         asked = [exchange for some in named for exchange in some]
         assert {exchange.skill for exchange in asked} == set(train.TOPICS["names"][1])
         said = {word for e in asked if e.skill == "relation" for word in e.turns[0][0].split()}
@@ -447,7 +525,9 @@ def test_kinds_are_asked_for_where_there_are_several(folder, monkeypatch):
         shares[topic] = sum(train.by_kind(one) for one, _ in lessons) / len(lessons)
     assert shares["kinds"] > 0.4 > 0.3 > shares["chat"]
     [chat] = [exchange for exchange in lessons[0][0].exchanges if exchange.skill == "chat"]
-    red, blue = (scenes.Shape(*shape, "", (0, 0, 1, 1)) for shape in (("star", "red"), ("circle", "blue")))
+    red, blue = (
+        scenes.Shape(*shape, "", (0, 0, 1, 1)) for shape in (("star", "red"), ("circle", "blue"))
+    )
     for question, shapes, expected in [
         ("Where is the star?", (red, blue), True),
         ("Where is the star?", (red,), False),
@@ -456,7 +536,9 @@ def test_kinds_are_asked_for_where_there_are_several(folder, monkeypatch):
     ]:
         scene = replace(lessons[0][0].scenes[0], shapes=shapes)
         asked = replace(chat, turns=((question, ""), chat.turns[1]))
-        assert train.by_kind(replace(lessons[0][0], scenes=(scene,), exchanges=(asked,))) == expected
+        assert (
+            train.by_kind(replace(lessons[0][0], scenes=(scene,), exchanges=(asked,))) == expected
+        )
 
 
 def begins(topic):
@@ -471,23 +553,35 @@ def test_the_learning_rate_falls_to_zero_and_starts_anew():
         assert train.learning_rate(begin, steps, 1.0) < 0.01 * share, "a warm-up"
     for last in (19_999, 31_999, 49_999, 64_999, 67_499, 74_499, 77_999, 82_999, 85_499, steps - 1):
         assert train.learning_rate(last, steps, 1.0) < 1e-6
-    assert [train.learning_rate(step, 6, 1.0) for step in (0, 3)] == pytest.approx([1.0, 0.5]), "a run of six steps"
+    assert [train.learning_rate(step, 6, 1.0) for step in (0, 3)] == pytest.approx([1.0, 0.5]), (
+        "a run of six steps"
+    )
 
 
 def test_several_pictures_and_clips_begin_with_one_shape(folder, monkeypatch):
     for topic, skill in (("inside", "inside"), ("which", "shows"), ("more", "compare")):
         lessons = lessons_of(folder, monkeypatch, topic, begins(f"{topic}1"))
         asked = [exchange.skill for _, [exchange] in lessons]  # one in a conversation
-        assert asked.count(skill) > 0.8 * len(asked), "in few albums no picture has a shape of its own"
+        assert asked.count(skill) > 0.8 * len(asked), (
+            "in few albums no picture has a shape of its own"
+        )
         assert {len(scene.shapes) for one, _ in lessons for scene in one.scenes} == {1}
     for name, most in (("clip1", 1), ("clip", 2)):
         clips = [one.scenes for one, _ in lessons_of(folder, monkeypatch, "clip", begins(name))]
-        assert max(len({s.name for frame in frames for s in frame.shapes}) for frames in clips) == most
+        assert (
+            max(len({s.name for frame in frames for s in frame.shapes}) for frames in clips) == most
+        )
 
 
 @pytest.mark.parametrize(
     ("said", "expected"),
-    [("(0,0),(10,20)", 0.5), ("(0,0),(10,10)", 1.0), ("(20,20),(30,30)", 0.0), ("(0,0),(10,5)", 0.5), ("0,0", 0.0)],
+    [
+        ("(0,0),(10,20)", 0.5),
+        ("(0,0),(10,10)", 1.0),
+        ("(20,20),(30,30)", 0.0),
+        ("(0,0),(10,5)", 0.5),
+        ("0,0", 0.0),
+    ],
 )
 def test_boxes_are_scored_by_their_overlap(said, expected):
     answer = "<|box_start|>(0,0),(10,10)<|box_end|>"
@@ -497,7 +591,9 @@ def test_boxes_are_scored_by_their_overlap(said, expected):
 def test_other_questions_can_be_scored(monkeypatch):
     asked = []
     monkeypatch.setattr(score, "load_model", lambda folder, **options: None)
-    monkeypatch.setattr(score, "ask", lambda model, processor, items: asked.extend(items) or [""] * len(items))
+    monkeypatch.setattr(
+        score, "ask", lambda model, processor, items: asked.extend(items) or [""] * len(items)
+    )
     assert score.main(["--items", "1", "--skip", "2"]) == 0
     skills = [skill for skills in scenes.SKILLS.values() for skill in skills]
     assert asked == [score.questions(skill, 3)[-1] for skill in skills]
@@ -510,7 +606,11 @@ def test_the_score_is_also_taken_in_fewer_bits_and_shows_what_is_wrong(monkeypat
     assert score.main(["--items", "2", "--quantize", "int4", "--show-wrong", "1"]) == 0
     assert loaded == [{"quantize": "int4"}]
     told, wrong = capsys.readouterr()
-    assert told.splitlines() == ["| skill | of 2 |", "|---|---|", *(f"| {skill} | 0.0 % |" for skill in skills)]
+    assert told.splitlines() == [
+        "| skill | of 2 |",
+        "|---|---|",
+        *(f"| {skill} | 0.0 % |" for skill in skills),
+    ]
     assert [line.split(":")[0] for line in wrong.splitlines()] == skills
     assert wrong.count("but it said: Nonsense.") == len(skills)
 
@@ -518,11 +618,22 @@ def test_the_score_is_also_taken_in_fewer_bits_and_shows_what_is_wrong(monkeypat
 def run(tmp_path, name, *more, processes=1):
     """A training of six steps, too short to learn anything; returns its weights and what it scored."""
     folder = tmp_path / name
-    options = ["--folder", folder / "checkpoint", "--run", folder / "run", "--steps", 6, "--parts", 2, "--work", 100]
+    options = [
+        "--folder",
+        folder / "checkpoint",
+        "--run",
+        folder / "run",
+        "--steps",
+        6,
+        "--parts",
+        2,
+        "--work",
+        100,
+    ]
     options += ["--processes", processes, "--save-every", 3, "--items", 1, *more]
     assert train.main([str(option) for option in options]) == 0
     with safe_open(folder / "checkpoint" / "model.safetensors", "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch, capsys):
@@ -532,7 +643,9 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, mon
     original, steps, stop_at = train.learning_rate, [], 4
 
     def stop(step, *rest):
-        steps.extend([step] if steps[-1:] != [step] else [])  # it is asked for each group of parameters
+        steps.extend(
+            [step] if steps[-1:] != [step] else []
+        )  # it is asked for each group of parameters
         if step == stop_at:
             raise KeyboardInterrupt
         return original(step, *rest)
@@ -555,7 +668,9 @@ def test_processes_share_the_work(tmp_path):
     assert all(weight.isfinite().all() for weight in weights.values())
     alone = run(tmp_path, "alone")
     name = "model.embed_tokens.weight"
-    assert torch.allclose(weights[name], alone[name], atol=0.02), "the same parts, added up in another order"
+    assert torch.allclose(weights[name], alone[name], atol=0.02), (
+        "the same parts, added up in another order"
+    )
 
 
 # -------------------------------------------------------------------------------------------------- the ablations
@@ -584,7 +699,8 @@ def a_clip_and_a_picture(folder):
         batch = score.processor_for(folder)(train.messages(one, one.exchanges)[:1])
         ids = torch.tensor(batch.input_ids)
         grids = [
-            None if grid is None else torch.tensor(grid) for grid in (batch.image_grid_thw, batch.video_grid_thw)
+            None if grid is None else torch.tensor(grid)
+            for grid in (batch.image_grid_thw, batch.video_grid_thw)
         ]
         positions, _ = qwen2vl.get_rope_index(config, ids, *grids)
         found.append((batch, ids[0], positions[:, 0]))
@@ -633,7 +749,9 @@ def test_raster_order_is_row_by_row_for_patches_and_their_places(folder, without
     cos, _ = qwen2vl.vision_rotary(grid, 32, 2, like)
     without("raster")
     rows = a_clip_and_a_picture(folder)[1][0].pixel_values
-    order = torch.arange(height * width).view(height // 2, 2, width // 2, 2).transpose(1, 2).flatten()
+    order = (
+        torch.arange(height * width).view(height // 2, 2, width // 2, 2).transpose(1, 2).flatten()
+    )
     assert (rows[order] == blocks).all()
     assert not (rows == blocks).all()
     assert torch.equal(qwen2vl.vision_rotary(grid, 32, 2, like)[0][order], cos)
@@ -656,7 +774,16 @@ def test_an_ablation_goes_on_from_the_weights_it_is_given(tmp_path, folder, monk
     for name in ("initialise", "CURRICULUM", "STAGES", "WORDS_STAGES", "GROW"):
         monkeypatch.setattr(train, name, getattr(train, name))
     start = run(tmp_path, "start")
-    options = ["--checkpoint", tmp_path / "start" / "checkpoint", "--runs", tmp_path, "--steps", 1, "--items", 1]
+    options = [
+        "--checkpoint",
+        tmp_path / "start" / "checkpoint",
+        "--runs",
+        tmp_path,
+        "--steps",
+        1,
+        "--items",
+        1,
+    ]
     options += ["--parts", 2, "--work", 100, "--lr", 0]
     assert ablations.main(["none", *map(str, options)]) == 0
     with safe_open(tmp_path / "none" / "checkpoint" / "model.safetensors", "pt") as file:
@@ -672,15 +799,36 @@ def test_an_ablation_anew_takes_and_scores_the_first_lessons(tmp_path, folder, m
     monkeypatch.setattr(train, "GROW", 1)
     asked, original = [], score.ask
     monkeypatch.setattr(score, "ask", lambda *given: asked.extend(given[-1]) or original(*given))
-    options = ["--anew", "--runs", str(tmp_path), "--steps", "4", "--items", "3", "--parts", "2", "--work", "100"]
+    options = [
+        "--anew",
+        "--runs",
+        str(tmp_path),
+        "--steps",
+        "4",
+        "--items",
+        "3",
+        "--parts",
+        "2",
+        "--work",
+        "100",
+    ]
     assert ablations.main(["none", *options]) == 0
-    assert list(json.loads((tmp_path / "anew" / "none" / "score.json").read_text())) == train.TOPICS["places"][1]
+    assert (
+        list(json.loads((tmp_path / "anew" / "none" / "score.json").read_text()))
+        == train.TOPICS["places"][1]
+    )
     pictures = [one.scenes[0] for one, _ in asked]
-    assert max(len(picture.shapes) for picture in pictures) == 4, "as many as the last step's pictures have"
+    assert max(len(picture.shapes) for picture in pictures) == 4, (
+        "as many as the last step's pictures have"
+    )
     assert {(picture.height, picture.width) for picture in pictures} == {(84, 84)}
-    assert set(json.loads((tmp_path / "anew" / "none" / "history.json").read_text())["4"]) == {"lone"}
+    assert set(json.loads((tmp_path / "anew" / "none" / "history.json").read_text())["4"]) == {
+        "lone"
+    }
     assert ablations.main(["table", "--anew", "--runs", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == [f"| {skill} | 0.0 % |" for skill in score.SKILLS["shapes"]]
+    assert capsys.readouterr().out.splitlines()[-4:] == [
+        f"| {skill} | 0.0 % |" for skill in score.SKILLS["shapes"]
+    ]
     for name in ("one-size", "no-time"):
         with pytest.raises(SystemExit):
             ablations.main([name, *options])

@@ -15,7 +15,9 @@ from transformers import Qwen2Tokenizer
 
 from tokenizer import BYTE_OF, StreamDecoder, Tokenizer, content_kind
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    (Path(__file__).parent / "golden" / "tokenizer.json").read_text(encoding="utf-8")
+)
 
 ids_of_any_kind = st.lists(
     st.one_of(
@@ -29,7 +31,9 @@ ids_of_any_kind = st.lists(
 texts_of_any_kind = st.lists(
     st.one_of(
         st.text(max_size=20),
-        st.sampled_from([*CONTROL_TOKENS, " ", "\n", "'s", "é", "e\u0301", "👩‍👧", "\u0e33", "1", "ﬀ"]),
+        st.sampled_from(
+            [*CONTROL_TOKENS, " ", "\n", "'s", "é", "e\u0301", "👩‍👧", "\u0e33", "1", "ﬀ"]
+        ),
     ),
     max_size=8,
 ).map("".join)
@@ -50,7 +54,9 @@ def by_rank():
     """tiktoken's own BPE over the ranks: it shares neither code nor the list of merges with `tokenizers`."""
     ranks = read_ranks()
     control = {name: len(ranks) + n for n, name in enumerate(CONTROL_TOKENS)}
-    return tiktoken.Encoding("qwen2", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=control)
+    return tiktoken.Encoding(
+        "qwen2", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=control
+    )
 
 
 def streamed(tokenizer, ids, skip_special_tokens=True):
@@ -66,7 +72,12 @@ def test_built_vocabulary_is_the_published_one(qwen, qwen_tokenizer_folder):
     assert len(description["model"]["vocab"]) == 151_643
     assert len(description["model"]["merges"]) == 151_387
     assert qwen.encode("Describe this image.") == [74785, 419, 2168, 13]
-    published = {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|image_pad|>": 151655, "<|video_pad|>": 151656}
+    published = {
+        "<|endoftext|>": 151643,
+        "<|im_end|>": 151645,
+        "<|image_pad|>": 151655,
+        "<|video_pad|>": 151656,
+    }
     assert {name: qwen.token_id(name) for name in published} == published
 
 
@@ -110,7 +121,9 @@ def test_any_text_equals_reference(qwen, reference, text):
 @given(ids=ids_of_any_kind)
 def test_any_ids_decode_as_reference(qwen, reference, by_rank, ids):
     for skip in (True, False):
-        assert qwen.decode(ids, skip_special_tokens=skip) == reference.decode(ids, skip_special_tokens=skip)
+        assert qwen.decode(ids, skip_special_tokens=skip) == reference.decode(
+            ids, skip_special_tokens=skip
+        )
     known = [id for id in ids if id < by_rank.n_vocab]
     assert qwen.decode(ids, skip_special_tokens=False) == by_rank.decode(known, errors="replace")
 
@@ -123,14 +136,24 @@ def test_no_token_is_put_in_front_or_behind(qwen):
 
 def test_saved_truncation_and_padding_are_ignored(qwen_tokenizer_folder, tmp_path):
     description = json.loads((qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    description["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    description["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     description["padding"] = {
         "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
         "pad_token": "!",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     shutil.copy(qwen_tokenizer_folder / "tokenizer_config.json", tmp_path)
-    assert Tokenizer.from_pretrained(tmp_path).encode("Describe this image.") == [74785, 419, 2168, 13]
+    assert Tokenizer.from_pretrained(tmp_path).encode("Describe this image.") == [
+        74785,
+        419,
+        2168,
+        13,
+    ]
 
 
 def test_folder_saved_by_the_reference(reference, tmp_path):
@@ -166,7 +189,9 @@ def test_stream_gives_a_character_when_it_is_whole_and_not_before(qwen):
 def test_stream_does_not_wait_for_bytes_that_cannot_come(qwen):
     assert streamed(qwen, [222, 222, 222]) == ["\ufffd"] * 3 + [""]  # 0x80 starts no character
     whole = qwen.encode("\ufffd")
-    assert "".join(streamed(qwen, whole)[: len(whole)]) == "\ufffd"  # U+FFFD itself is a character like any other
+    assert (
+        "".join(streamed(qwen, whole)[: len(whole)]) == "\ufffd"
+    )  # U+FFFD itself is a character like any other
 
 
 def test_stream_splits_no_character_of_real_text(qwen):
@@ -186,10 +211,20 @@ def test_stream_shows_control_tokens_on_request(qwen):
 
 def test_stream_decodes_added_tokens_that_are_no_control_tokens(qwen_tokenizer_folder):
     backend = Tokenizer.from_pretrained(qwen_tokenizer_folder).backend
-    backend.add_tokens(["<à la carte>", "図"])  # characters outside the byte alphabet, and not special: never skipped
+    backend.add_tokens(
+        ["<à la carte>", "図"]
+    )  # characters outside the byte alphabet, and not special: never skipped
     tokenizer = Tokenizer(backend, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    ids = [tokenizer.token_id("<à la carte>"), 419, tokenizer.token_id("図"), 9284, tokenizer.token_id("図")]
-    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == "<à la carte> this図\ufffd図"
+    ids = [
+        tokenizer.token_id("<à la carte>"),
+        419,
+        tokenizer.token_id("図"),
+        9284,
+        tokenizer.token_id("図"),
+    ]
+    assert (
+        "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == "<à la carte> this図\ufffd図"
+    )
 
 
 def test_byte_alphabet_spells_each_byte_once():
@@ -232,7 +267,10 @@ PROMPTS = {
         f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n{ASSISTANT}",
     ),
     "untrimmed text": (
-        [{"role": "user", "content": "\n  a \r\n"}, user({"type": "text", "text": " b "}, {"text": "\n"})],
+        [
+            {"role": "user", "content": "\n  a \r\n"},
+            user({"type": "text", "text": " b "}, {"text": "\n"}),
+        ],
         f"{SYSTEM}<|im_start|>user\n\n  a \r\n<|im_end|>\n<|im_start|>user\n b \n<|im_end|>\n{ASSISTANT}",
     ),
     "empty contents": (
@@ -244,7 +282,11 @@ PROMPTS = {
         f"{SYSTEM}<|im_start|>user\n{{{{ 1 }}}} {{% if %}} <b> & 'q'<|im_end|>\n{ASSISTANT}",
     ),
     "any role": (
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "tool", "content": "c"},
+        ],
         f"{SYSTEM}<|im_start|>user\na<|im_end|>\n{ASSISTANT}b<|im_end|>\n<|im_start|>tool\nc<|im_end|>\n{ASSISTANT}",
     ),
     "every way to write an image": (
@@ -260,7 +302,13 @@ PROMPTS = {
         f"{SYSTEM}<|im_start|>user\n{IMAGE * 5}<|im_end|>\n{ASSISTANT}",
     ),
     "every way to write a video": (
-        [user({"type": "video", "video": "a.mp4"}, {"video": "a.mp4"}, {"type": "video", "text": "not shown"})],
+        [
+            user(
+                {"type": "video", "video": "a.mp4"},
+                {"video": "a.mp4"},
+                {"type": "video", "text": "not shown"},
+            )
+        ],
         f"{SYSTEM}<|im_start|>user\n{VIDEO * 3}<|im_end|>\n{ASSISTANT}",
     ),
 }
@@ -279,7 +327,11 @@ def test_vision_ids_count_over_the_whole_conversation(qwen):
         user({"type": "image"}, {"type": "text", "text": "Hello."}),
         {"role": "assistant", "content": "Hi."},
         user(
-            {"type": "text", "text": "And "}, {"type": "image"}, {"type": "video"}, {"type": "image"}, {"video": "b"}
+            {"type": "text", "text": "And "},
+            {"type": "image"},
+            {"type": "video"},
+            {"type": "image"},
+            {"video": "b"},
         ),
     ]
     numbered = (
@@ -305,7 +357,10 @@ def test_prompt_ids_hold_each_control_token_once(qwen):
     ("messages", "said"),
     [
         (["Hi"], "message 0 must be a dict with role and content, not str"),
-        ([[{"role": "user", "content": "Hi"}]], "message 0 must be a dict with role and content, not list"),
+        (
+            [[{"role": "user", "content": "Hi"}]],
+            "message 0 must be a dict with role and content, not list",
+        ),
         (
             [{"role": "user", "content": "Hi"}, {"content": "Hi"}],
             r"message 1 needs a role, but has only \['content'\]",
@@ -317,7 +372,10 @@ def test_prompt_ids_hold_each_control_token_once(qwen):
             "the content of message 0 must be text or a list, not dict",
         ),
         ([user("Hi")], "a content item must be a dict, not str: 'Hi'"),
-        ([user({"type": "txt", "tekst": "Hi"})], "neither image, video nor text: {'type': 'txt', 'tekst': 'Hi'}"),
+        (
+            [user({"type": "txt", "tekst": "Hi"})],
+            "neither image, video nor text: {'type': 'txt', 'tekst': 'Hi'}",
+        ),
         ([user({"type": "text"})], "neither image, video nor text"),
         ([user({"type": "text", "text": None})], "neither image, video nor text"),
         ([user({"type": "imagee"})], "neither image, video nor text"),
@@ -384,7 +442,9 @@ def test_control_tokens_named_by_the_config(qwen_tokenizer_folder, tmp_path):
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (151654, 151643)
 
     config.write_text('{"pad_token": null, "eos_token": "<|endoftext|>"}')
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json in .* names \[None, '<\|endoftext\|>'\]"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer_config\.json in .* names \[None, '<\|endoftext\|>'\]"
+    ):
         Tokenizer.from_pretrained(tmp_path)
 
     config.write_text('{"pad_token": "<|pad|>", "eos_token": "<|endoftext|>"}')
@@ -415,12 +475,19 @@ def test_only_the_template_writes_control_tokens(qwen, by_rank, texts):
     assert ids == system + asked + [start, *ordinary("assistant\n")]
 
 
-@given(texts=st.lists(st.text(), max_size=4), add_generation_prompt=st.booleans(), add_vision_id=st.booleans())
+@given(
+    texts=st.lists(st.text(), max_size=4),
+    add_generation_prompt=st.booleans(),
+    add_vision_id=st.booleans(),
+)
 def test_chat_ids_of_text_without_control_tokens_are_those_of_the_prompt(
     qwen, reference, texts, add_generation_prompt, add_vision_id
 ):
     texts = [text.encode("utf-8", "ignore").decode() for text in texts]
-    messages = [user({"type": "image"}, {"text": text}, {"type": "video"}, {"text": text[::-1]}) for text in texts]
+    messages = [
+        user({"type": "image"}, {"text": text}, {"type": "video"}, {"text": text[::-1]})
+        for text in texts
+    ]
     prompt = qwen.apply_chat_template(messages, add_generation_prompt, add_vision_id)
     expected = reference.encode(prompt) if prompt else []
     assert qwen.encode_chat(messages, add_generation_prompt, add_vision_id) == expected

@@ -77,10 +77,14 @@ def test_films_equal_the_helpers(films, name):
         clip = video.load(films[name], ImageConfig(), **record["options"])
         found = summary(clip.frames)
         seconds = np.divide(record["indices"], rate)
-        assert np.allclose(clip.timestamps, seconds, atol=1e-3), record  # Matroska counts in milliseconds
+        assert np.allclose(clip.timestamps, seconds, atol=1e-3), (
+            record
+        )  # Matroska counts in milliseconds
         assert found["size"] == record["size"], record
         if FILMS[name][4].get("codec") != "libx264":
-            assert np.abs(np.subtract(found["values"], record["values"])).max() <= (3 if name == "gif" else 1), record
+            assert np.abs(np.subtract(found["values"], record["values"])).max() <= (
+                3 if name == "gif" else 1
+            ), record
             assert np.abs(np.subtract(found["means"], record["means"])).max() <= 0.1, record
 
 
@@ -96,10 +100,16 @@ def test_lists_equal_the_helpers(record):
     elsewhere a list has the size of a film."""
     n, width, height = record["list"]
     frames = film(n, width, height)
-    clip = video.load([Image.fromarray(frame) for frame in frames], ImageConfig(), **record["options"])
-    found = summary(np.concatenate([clip.frames, clip.frames[-1:]]) if n % 2 else clip.frames)  # the helper pads
+    clip = video.load(
+        [Image.fromarray(frame) for frame in frames], ImageConfig(), **record["options"]
+    )
+    found = summary(
+        np.concatenate([clip.frames, clip.frames[-1:]]) if n % 2 else clip.frames
+    )  # the helper pads
     if width % 56 or height % 56:
-        assert tuple(found["size"]) == video.frame_size(height, width, n, ImageConfig(), **record["options"])
+        assert tuple(found["size"]) == video.frame_size(
+            height, width, n, ImageConfig(), **record["options"]
+        )
     else:
         assert found["size"] == record["size"]
         assert np.abs(np.subtract(found["values"], record["values"])).max() <= 1
@@ -116,7 +126,9 @@ def test_frame_numbers_equal_the_helpers():
         assert video.spread(first, last, len(indices)) == indices
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="rounds product and sum one by one")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="rounds product and sum one by one"
+)
 @given(first=st.integers(0, 10**5), more=st.integers(0, 10**5), n=st.integers(1, 800))
 def test_frame_numbers_equal_torch(first, more, n):
     expected = torch.linspace(first, first + more, n).round().long().tolist()
@@ -128,7 +140,9 @@ def test_resize_is_near_torchs():
     frames = np.stack(film(4, 300, 200))
     clip = video.load(frames, ImageConfig())
     values = torch.from_numpy(frames).permute(0, 3, 1, 2).float()
-    values = torch.nn.functional.interpolate(values, clip.frames.shape[1:3], mode="bicubic", antialias=True)
+    values = torch.nn.functional.interpolate(
+        values, clip.frames.shape[1:3], mode="bicubic", antialias=True
+    )
     difference = values.clamp(0, 255).round().permute(0, 2, 3, 1).numpy() - clip.frames
     assert np.abs(difference).max() <= 1
     assert (difference != 0).mean() < 0.1
@@ -145,28 +159,42 @@ def test_resize_is_near_torchs():
     limits=st.tuples(st.integers(4, 1000), st.integers(4, 1000)),
 )
 def test_count_is_a_multiple_within_its_limits(total, rate, factor, fps, limits):
-    n = video.count_frames(total, rate, factor, fps=fps, min_frames=min(limits), max_frames=max(limits))
+    n = video.count_frames(
+        total, rate, factor, fps=fps, min_frames=min(limits), max_frames=max(limits)
+    )
     assert n == total < factor or (n % factor == 0 and factor <= n <= total)
     assert n <= max(limits)
     assert n >= min(*limits, total) - factor
 
 
 def test_count_refuses_what_means_nothing():
-    with pytest.raises(ValueError, match=r"fps 1 and nframes 4 exclude each other: give one of them"):
+    with pytest.raises(
+        ValueError, match=r"fps 1 and nframes 4 exclude each other: give one of them"
+    ):
         video.count_frames(10, 5.0, fps=1, nframes=4)
     with pytest.raises(ValueError, match=r"nframes 1 comes to 0 frames, but at least 2 are needed"):
         video.count_frames(10, 5.0, nframes=1)
     with pytest.raises(
-        ValueError, match=r"fps 2.0 within 4 to 0 frames comes to 0 frames, but at least 2 are needed"
+        ValueError,
+        match=r"fps 2.0 within 4 to 0 frames comes to 0 frames, but at least 2 are needed",
     ):
         video.count_frames(10, 5.0, max_frames=1)
 
 
 def test_shorter_than_asked(films):
-    with pytest.warns(UserWarning, match="nframes 20 is more than the 7 frames there are: 6 are taken") as caught:
+    with pytest.warns(
+        UserWarning, match="nframes 20 is more than the 7 frames there are: 6 are taken"
+    ) as caught:
         clip = video.load(films["lossless"], SMALL, nframes=20)
     assert len(caught) == 1
-    assert clip.timestamps == [0, 0.25, 0.5, 1.0, 1.25, 1.5]  # of 0, 1.2, 2.4, 3.6 … the nearest frames
+    assert clip.timestamps == [
+        0,
+        0.25,
+        0.5,
+        1.0,
+        1.25,
+        1.5,
+    ]  # of 0, 1.2, 2.4, 3.6 … the nearest frames
 
 
 def test_one_frame(tmp_path, quiet):
@@ -184,7 +212,9 @@ def test_range(films, quiet):
     """10 frames a second, timed in milliseconds."""
 
     def seconds(start, end):
-        clip = video.load(films["vp9"], SMALL, fps=10, video_start=start, video_end=end, min_frames=0)
+        clip = video.load(
+            films["vp9"], SMALL, fps=10, video_start=start, video_end=end, min_frames=0
+        )
         return np.round(np.multiply(clip.timestamps, 10), 6).tolist()
 
     assert seconds(0.5, 0.8) == [5, 6, 7, 8]
@@ -193,16 +223,24 @@ def test_range(films, quiet):
     assert seconds(2.85, 77) == [29, 30]
     assert seconds(0.48, 0.52) == [5]  # the helper refuses a single frame
     clip = video.load(films["vp8"], SMALL, fps=12, video_start=1 / 12, video_end=2 / 12)
-    assert clip.timestamps == [0.083, 0.167]  # in the file rounded to milliseconds, downwards and upwards
+    assert clip.timestamps == [
+        0.083,
+        0.167,
+    ]  # in the file rounded to milliseconds, downwards and upwards
 
 
-@given(rate=st.integers(1, 120), pair=st.tuples(st.integers(0, 999), st.integers(0, 999)).map(sorted))
+@given(
+    rate=st.integers(1, 120), pair=st.tuples(st.integers(0, 999), st.integers(0, 999)).map(sorted)
+)
 def test_range_at_exact_frames_holds_both_ends(rate, pair):
     """Where float noise makes the helper miss one: ceil(0.07 * 100) is 8, and 3 * 0.1 is more than 0.3."""
     times = [index / rate for index in range(1000)]
     first, last = pair
     if first < last:
-        assert video.frames_between(times, first * (1 / rate), last * (1 / rate), "x", rate) == (first, last)
+        assert video.frames_between(times, first * (1 / rate), last * (1 / rate), "x", rate) == (
+            first,
+            last,
+        )
 
 
 @pytest.mark.parametrize(
@@ -217,11 +255,15 @@ def test_range_without_a_frame(films, start, end, span):
 
 def test_sizes_refused():
     config = ImageConfig()
-    with pytest.raises(ValueError, match=r"max_pixels 50000 is less than min_pixels, 100352: give a lower"):
+    with pytest.raises(
+        ValueError, match=r"max_pixels 50000 is less than min_pixels, 100352: give a lower"
+    ):
         video.frame_size(100, 100, 4, config, max_pixels=50_000)
     with pytest.raises(ValueError, match="resized_height and resized_width belong together"):
         video.frame_size(100, 100, 4, config, resized_height=50)
-    with pytest.warns(UserWarning, match="max_pixels 700000 is lowered to 602112, the limit for 4 frames"):
+    with pytest.warns(
+        UserWarning, match="max_pixels 700000 is lowered to 602112, the limit for 4 frames"
+    ):
         assert video.frame_size(2000, 2000, 4, config, max_pixels=700_000) == (756, 756)
     with pytest.raises(ValueError, match="one side is more than 200 times the other"):
         video.frame_size(10, 2001, 4, config)
@@ -239,7 +281,9 @@ def test_long_films_share_a_budget():
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "2"])
-@pytest.mark.parametrize("option", ["fps", "nframes", "max_frames", "min_pixels", "total_pixels", "resized_width"])
+@pytest.mark.parametrize(
+    "option", ["fps", "nframes", "max_frames", "min_pixels", "total_pixels", "resized_width"]
+)
 def test_options_must_be_positive_numbers(option, value):
     with pytest.raises(ValueError, match=rf"{option} is {value!r}, expected a positive number"):
         video.load(film(2, 8, 8), SMALL, **{option: value})
@@ -247,7 +291,9 @@ def test_options_must_be_positive_numbers(option, value):
 
 def test_do_resize_off(films):
     off = ImageConfig(do_resize=False)
-    with pytest.raises(ValueError, match=r"do_resize is off, but 48×64 \(height × width\) is no multiple of 28"):
+    with pytest.raises(
+        ValueError, match=r"do_resize is off, but 48×64 \(height × width\) is no multiple of 28"
+    ):
         video.load(films["30 fps"], off)
     frames = np.stack(film(4, 56, 28))
     assert np.array_equal(video.load(frames, off).frames, frames)
@@ -337,7 +383,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("kind", "codec", "options"), WAYS)
-def test_frames_reached_by_seeking_equal_those_of_plain_decoding(tmp_path, quiet, kind, codec, options):
+def test_frames_reached_by_seeking_equal_those_of_plain_decoding(
+    tmp_path, quiet, kind, codec, options
+):
     """To the bit: any frames, in any container."""
     pixels = "rgb8" if codec == "gif" else "yuv420p"
     path = encode(tmp_path / f"x.{kind}", film(41, 64, 48), codec, 25, pixels, options)
@@ -350,8 +398,13 @@ def test_frames_reached_by_seeking_equal_those_of_plain_decoding(tmp_path, quiet
         for _ in range(20):
             wanted = sorted(draw_numbers.sample(range(41), draw_numbers.choice([1, 2, 5])))
             container.seek(next(iter(keys.values()), 0), stream=stream)
-            found = [np.array(video.to_picture(f)) for f in video.sampled(container, stream, "x", wanted, pts, keys)]
-            assert all(np.array_equal(a, expected[n]) for a, n in zip(found, wanted, strict=True)), wanted
+            found = [
+                np.array(video.to_picture(f))
+                for f in video.sampled(container, stream, "x", wanted, pts, keys)
+            ]
+            assert all(
+                np.array_equal(a, expected[n]) for a, n in zip(found, wanted, strict=True)
+            ), wanted
 
 
 @pytest.mark.parametrize(
@@ -382,7 +435,8 @@ def test_several_frames_of_one_time_are_counted(tmp_path):
     whole = encode(tmp_path / "whole.mkv", film(12, 64, 48))
     path = rewritten(whole, tmp_path / "x.mkv", times=lambda pts: pts // 200 * 200)
     with pytest.warns(
-        UserWarning, match=r"x\.mkv: several of its frames carry the same time, so all of it is decoded"
+        UserWarning,
+        match=r"x\.mkv: several of its frames carry the same time, so all of it is decoded",
     ):
         clip = video.load(path, SMALL, nframes=12)
     assert np.array_equal(clip.frames, all_frames(whole))
@@ -393,7 +447,9 @@ def test_films_that_cannot_be_sought_are_counted(long_film, watched, monkeypatch
         raise av.FFmpegError(1, "Operation not permitted")
 
     monkeypatch.setattr(Watched, "seek", seek)
-    with pytest.warns(UserWarning, match=r"long\.mp4: FFmpeg cannot seek in it, so all of it is decoded, twice"):
+    with pytest.warns(
+        UserWarning, match=r"long\.mp4: FFmpeg cannot seek in it, so all of it is decoded, twice"
+    ):
         clip = video.load(long_film, SMALL, nframes=4, video_start=5)
     assert clip.timestamps == pytest.approx([5, 10, 14.9, 19.9])
 
@@ -446,7 +502,9 @@ def test_variable_rate(tmp_path, quiet):
 
 
 def test_time_begins_with_the_first_frame(tmp_path, quiet):
-    path = encode(tmp_path / "x.mkv", film(6, 64, 48), times=[n + 7 for n in range(6)], tick=Fraction(1, 10))
+    path = encode(
+        tmp_path / "x.mkv", film(6, 64, 48), times=[n + 7 for n in range(6)], tick=Fraction(1, 10)
+    )
     assert video.load(path, SMALL, fps=10).timestamps == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 
@@ -538,7 +596,9 @@ def test_colours_are_those_of_rgb24(films, name, quiet):
     """As torchvision's `read_video` converts them."""
     clip, frames = video.load(films[name], SMALL, nframes=6), all_frames(films[name])
     assert clip.frames.shape[1:] == frames[0].shape
-    assert np.array_equal(clip.frames, [frames[round(t * float(FILMS[name][4]["rate"]))] for t in clip.timestamps])
+    assert np.array_equal(
+        clip.frames, [frames[round(t * float(FILMS[name][4]["rate"]))] for t in clip.timestamps]
+    )
 
 
 # --- what does not count as a frame ---
@@ -552,7 +612,11 @@ def rewritten(path, target, change=lambda _, data: data, times=lambda pts: pts):
         for number, packet in enumerate(source.demux(stream)):
             if packet.size:
                 new = av.Packet(change(number, bytes(packet)))
-                new.pts, new.dts, new.time_base = times(packet.pts), times(packet.dts), packet.time_base
+                new.pts, new.dts, new.time_base = (
+                    times(packet.pts),
+                    times(packet.dts),
+                    packet.time_base,
+                )
                 new.is_keyframe, new.stream = packet.is_keyframe, copy
                 out.mux(new)
     return target
@@ -586,11 +650,18 @@ def test_hidden_frames_of_vp9():
 
 def test_frames_cut_off_by_an_edit_list_do_not_count(tmp_path, quiet):
     """Stream-copying from the middle of a group keeps its packets from the key frame on, and hides them."""
-    path = encode(tmp_path / "x.mp4", film(30, 64, 48), options={"g": "30", "sc_threshold": "1000000000"})
+    path = encode(
+        tmp_path / "x.mp4", film(30, 64, 48), options={"g": "30", "sc_threshold": "1000000000"}
+    )
     whole, data = all_frames(path), bytearray(path.read_bytes())
     start = data.index(b"elst") + 4
-    assert struct.unpack_from(">II", data, start) == (0, 1)  # version, one entry: duration, start, rate
-    struct.pack_into(">ii", data, start + 8, 2000, 1024 * 10)  # 2 s from frame 10 on; there are 10240 ticks a second
+    assert struct.unpack_from(">II", data, start) == (
+        0,
+        1,
+    )  # version, one entry: duration, start, rate
+    struct.pack_into(
+        ">ii", data, start + 8, 2000, 1024 * 10
+    )  # 2 s from frame 10 on; there are 10240 ticks a second
     path.write_bytes(data)
     clip = video.load(path, SMALL, fps=10)
     assert np.array_equal(clip.frames, whole[10:])
@@ -612,18 +683,28 @@ def test_sources_that_are_no_films(tmp_path, films):
         assert str(caught.value) == sentence
 
     refused(tmp_path / "no.mp4", f"there is no film at {tmp_path}/no.mp4", FileNotFoundError)
-    refused(b"no film" * 99, "cannot read the given bytes as a film: Invalid data found when processing input")
+    refused(
+        b"no film" * 99,
+        "cannot read the given bytes as a film: Invalid data found when processing input",
+    )
     empty = write(tmp_path / "empty.mp4", b"")
     refused(empty, f"cannot read {empty} as a film: Invalid data found when processing input")
     text = write(tmp_path / "notes.txt", b"one\ntwo\n" * 99)
-    refused(text, f"{text} is no film: it has no video stream")  # FFmpeg would play it on a terminal
-    refused(io.StringIO("x"), "the given StringIO must be opened in binary mode and be seekable to be read as a film")
-    refused(5, "expected a path, an address, bytes or an open file, not int")
+    refused(
+        text, f"{text} is no film: it has no video stream"
+    )  # FFmpeg would play it on a terminal
+    refused(
+        io.StringIO("x"),
+        "the given StringIO must be opened in binary mode and be seekable to be read as a film",
+    )
+    refused(5, "expected a path, a URL, bytes or an open file, got int")
 
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 800), dtype=np.int16), format="s16", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
     refused(sound, f"{sound} is no film: it has no video stream")
@@ -636,13 +717,22 @@ def test_sources_that_are_no_films(tmp_path, films):
         container.mux(cover.encode(av.VideoFrame.from_ndarray(draw(0, 64, 48), format="rgb24")))
     refused(song, f"{song} is no film: it has no video stream")
 
-    nothing = rewritten(films["vp8"], tmp_path / "nothing.webm", lambda _, data: bytes([data[0] & ~16]) + data[1:])
+    nothing = rewritten(
+        films["vp8"], tmp_path / "nothing.webm", lambda _, data: bytes([data[0] & ~16]) + data[1:]
+    )
     refused(nothing, f"{nothing} holds no frame")
 
 
 def test_a_file_does_not_reach_into_the_network():
     """A session description names a port to listen at."""
-    lines = ["v=0", "o=- 0 0 IN IP4 127.0.0.1", "s=x", "c=IN IP4 127.0.0.1", "t=0 0", "m=video 5004 RTP/AVP 96"]
+    lines = [
+        "v=0",
+        "o=- 0 0 IN IP4 127.0.0.1",
+        "s=x",
+        "c=IN IP4 127.0.0.1",
+        "t=0 0",
+        "m=video 5004 RTP/AVP 96",
+    ]
     described = "\n".join([*lines, "a=rtpmap:96 H264/90000", ""]).encode()
     cannot = pytest.raises(ValueError, match="cannot read the description as a film")
     with cannot, video.opened(io.BytesIO(described), "the description"):
@@ -651,13 +741,19 @@ def test_a_file_does_not_reach_into_the_network():
 
 def test_a_film_that_is_cut_off(tmp_path, watched):
     """The header comes first here, as in films from the web, and the file ends within the last frame but four."""
-    whole = encode(tmp_path / "whole.mp4", film(40, 64, 48), container_options={"movflags": "faststart"})
+    whole = encode(
+        tmp_path / "whole.mp4", film(40, 64, 48), container_options={"movflags": "faststart"}
+    )
     with av.open(str(whole)) as container:
         packet = list(container.demux(video=0))[35]
         cut = write(tmp_path / "cut.mp4", whole.read_bytes()[: packet.pos + 9])
-    assert video.load(cut, SMALL, video_end=3.4, nframes=2).timestamps == [0, 3.4]  # the end is not needed
+    assert video.load(cut, SMALL, video_end=3.4, nframes=2).timestamps == [
+        0,
+        3.4,
+    ]  # the end is not needed
     with pytest.raises(
-        ValueError, match=r"cut\.mp4 is damaged or cut off: frame 35 of 36, at 3\.50 s, cannot be decoded: "
+        ValueError,
+        match=r"cut\.mp4 is damaged or cut off: frame 35 of 36, at 3\.50 s, cannot be decoded: ",
     ):
         video.load(cut, SMALL)
     assert all(container.closed for container in watched[0])
@@ -669,7 +765,8 @@ def test_a_film_with_a_hole(films, tmp_path):
     data = bytearray(films["24 fps, B-frames"].read_bytes())
     data[first.pos : first.pos + first.size] = bytes(first.size)
     with pytest.raises(
-        ValueError, match=r"the given bytearray is damaged or cut off: frame \d+ of 49, at \d\.\d\d s, cannot"
+        ValueError,
+        match=r"the given bytearray is damaged or cut off: frame \d+ of 49, at \d\.\d\d s, cannot",
     ):
         video.load(data, SMALL, fps=24)
 
@@ -699,12 +796,19 @@ def test_lists_and_arrays(tmp_path, quiet):
         assert np.array_equal(clip.frames, frames)
         assert clip.timestamps == [n / 4 for n in range(9)]
         assert video.load(source, SMALL, nframes=4).timestamps == [0, 1.5, 2.5, 4.0]
-        assert shown_frames(video.load(source, SMALL, fps=4, video_start=0.5, video_end=1.25)) == [2, 3, 4, 5]
+        assert shown_frames(video.load(source, SMALL, fps=4, video_start=0.5, video_end=1.25)) == [
+            2,
+            3,
+            4,
+            5,
+        ]
         assert len(video.load(source, SMALL, nframes=9).frames) == 9
 
 
 def test_more_of_a_list_than_there_is():
-    with pytest.warns(UserWarning, match="nframes 20 is more than the 5 frames there are: all are taken"):
+    with pytest.warns(
+        UserWarning, match="nframes 20 is more than the 5 frames there are: all are taken"
+    ):
         assert len(video.load(film(5, 64, 48), SMALL, nframes=20).frames) == 5
 
 
@@ -717,12 +821,20 @@ def test_lists_refused(tmp_path):
     refused([], "the given list holds no frame")
     refused(tmp_path, f"{tmp_path} holds no frame")
     refused(np.zeros((0, 8, 8, 3), np.uint8), "the given ndarray holds no frame")
-    refused(np.zeros((2, 8, 8), np.uint8), "an array must be uint8 [frames, height, width, 3], not uint8 [2, 8, 8]")
+    refused(
+        np.zeros((2, 8, 8), np.uint8),
+        "an array must be uint8 [frames, height, width, 3], not uint8 [2, 8, 8]",
+    )
     two = [draw(0, 64, 48), draw(1, 48, 64)]
-    refused(two, "the given list: frames must have one size, but these have 64×48 and 48×64 (width × height)")
-    refused(two[:1], "the given list has no frame from 3 s to the end: it lasts 0.50 s", video_start=3)
+    refused(
+        two,
+        "the given list: frames must have one size, but these have 64×48 and 48×64 (width × height)",
+    )
+    refused(
+        two[:1], "the given list has no frame from 3 s to the end: it lasts 0.50 s", video_start=3
+    )
     write(tmp_path / "notes.txt", b"x")
-    with pytest.raises(ValueError, match=r"cannot read .*notes\.txt as a picture"):
+    with pytest.raises(ValueError, match=r"cannot read .*notes\.txt as an image"):
         video.load(tmp_path, SMALL)
 
 

@@ -33,7 +33,9 @@ SIDE = 168  # pixels, of the one size: about the mean area of the world's pictur
 
 
 def one_dimensional() -> None:
-    def get_rope_index(config, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None):
+    def get_rope_index(
+        config, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None
+    ):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         return ((mask.cumsum(1) - 1) * mask).repeat(3, 1, 1), torch.zeros_like(mask[:, :1])
 
@@ -77,7 +79,9 @@ def raster() -> None:
 
     original = qwen2vl.vision_rotary
     preprocess.patchify = patchify
-    qwen2vl.vision_rotary = lambda grid_thw, head_dim, merge, like: original(grid_thw, head_dim, 1, like)
+    qwen2vl.vision_rotary = lambda grid_thw, head_dim, merge, like: original(
+        grid_thw, head_dim, 1, like
+    )
 
 
 def no_time() -> None:
@@ -87,7 +91,9 @@ def no_time() -> None:
         positions = original(ids, grids, merge)
         frozen = None
         for i, token in enumerate(ids):
-            frozen = (positions[0, i].item() if frozen is None else frozen) if token in grids else None
+            frozen = (
+                (positions[0, i].item() if frozen is None else frozen) if token in grids else None
+            )
             positions[0, i] = positions[0, i] if frozen is None else frozen
         return positions
 
@@ -113,30 +119,48 @@ def begin_anew(steps: int) -> None:
     train.CURRICULUM = {0: "lone", 400: "places"}
     score.SKILLS = {"shapes": train.TOPICS["places"][1]}
     most = min(6, 1 + (steps - 1) // train.GROW)  # shapes in a picture, as at the end
-    score.lesson = lambda topic, seed: scenes.lesson(topic, seed, scenes.START_SIZE[topic], scenes.START, most)
+    score.lesson = lambda topic, seed: scenes.lesson(
+        topic, seed, scenes.START_SIZE[topic], scenes.START, most
+    )
 
 
 def table(runs: Path) -> str:
     """The skills as rows, the variants as columns: the whole model's score, then what the others differ from it."""
     results = {name: runs / name / "score.json" for name in VARIANTS}
-    results = {name: json.loads(file.read_text()) for name, file in results.items() if file.exists()}
+    results = {
+        name: json.loads(file.read_text()) for name, file in results.items() if file.exists()
+    }
     if "none" not in results:
-        raise SystemExit(f"there is no {runs / 'none' / 'score.json'} to compare with: run the variant none first")
+        raise SystemExit(
+            f"there is no {runs / 'none' / 'score.json'} to compare with: run the variant none first"
+        )
     rows = ["| skill | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
     for skill, whole in results["none"].items():
-        others = [f"{100 * (scores[skill] - whole):+.1f}" for name, scores in results.items() if name != "none"]
+        others = [
+            f"{100 * (scores[skill] - whole):+.1f}"
+            for name, scores in results.items()
+            if name != "none"
+        ]
         rows.append(" | ".join([f"| {skill}", f"{100 * whole:.1f} %", *others]) + " |")
     return "\n".join(rows)
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description="Let the trained model go on without one of its parts.")
+    parser = argparse.ArgumentParser(
+        description="Let the trained model go on without one of its parts."
+    )
     parser.add_argument("variant", choices=[*VARIANTS, "table"])
-    parser.add_argument("--checkpoint", type=Path, default=score.CHECKPOINT, help="what they start from")
-    parser.add_argument("--anew", action="store_true", help="start from random weights, with the first lessons")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=score.CHECKPOINT, help="what they start from"
+    )
+    parser.add_argument(
+        "--anew", action="store_true", help="start from random weights, with the first lessons"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--items", type=int, default=500, help="questions of each skill that the score takes")
+    parser.add_argument(
+        "--items", type=int, default=500, help="questions of each skill that the score takes"
+    )
     args, rest = parser.parse_known_args(argv)  # the rest is for tiny.train, as --bf16
     runs = args.runs / "anew" if args.anew else args.runs
     if args.variant == "table":
@@ -145,13 +169,26 @@ def main(argv=None) -> int:
     if not args.anew:
         go_on_from(args.checkpoint)
     elif args.variant in ("one-size", "no-time"):
-        parser.error(f"the first lessons are pictures of one size and no clips: {args.variant} changes nothing there")
+        parser.error(
+            f"the first lessons are pictures of one size and no clips: {args.variant} changes nothing there"
+        )
     else:
         begin_anew(args.steps)
     VARIANTS[args.variant]()
     place = runs / args.variant
-    options = ["--folder", place / "checkpoint", "--run", place, "--steps", args.steps, "--items", 0]
-    train.main([*map(str, options), "--processes", "1", "--lr", "7e-4" if args.anew else "3e-4", *rest])
+    options = [
+        "--folder",
+        place / "checkpoint",
+        "--run",
+        place,
+        "--steps",
+        args.steps,
+        "--items",
+        0,
+    ]
+    train.main(
+        [*map(str, options), "--processes", "1", "--lr", "7e-4" if args.anew else "3e-4", *rest]
+    )
     write_json(place / "score.json", score.score(place / "checkpoint", args.items))
     return 0
 

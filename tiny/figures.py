@@ -30,8 +30,13 @@ def picture(lesson: Lesson, said: str) -> Image.Image:
     """All that there is to be seen, side by side, with the box that was said."""
     frames = [draw(scene) for scene in lesson.scenes]
     for box in find_boxes(said)[:1]:
-        ImageDraw.Draw(frames[0]).rectangle(box.in_pixels(*frames[0].size), outline=(255, 0, 255), width=2)
-    width, height = sum(frame.width + 4 for frame in frames) - 4, max(frame.height for frame in frames)
+        ImageDraw.Draw(frames[0]).rectangle(
+            box.in_pixels(*frames[0].size), outline=(255, 0, 255), width=2
+        )
+    width, height = (
+        sum(frame.width + 4 for frame in frames) - 4,
+        max(frame.height for frame in frames),
+    )
     strip, left = Image.new("RGB", (width, height), "white"), 0
     for frame in frames:
         strip.paste(frame, (left, 0))
@@ -50,7 +55,9 @@ def samples(folder: Path, file: Path, columns: int = 3) -> None:
             lines = [line for turn in before for line in turn] + [question]
             shown.append((picture(lesson, said), skill, lines, said, answer))
     rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 2.4 * rows), layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, 2.4 * rows), layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
         axis.set_anchor("W")
@@ -67,9 +74,13 @@ def samples(folder: Path, file: Path, columns: int = 3) -> None:
 def losses(history: dict[str, dict[str, float]], file: Path) -> None:
     """The loss of each topic over the steps: the mean of 100 steps, at each save."""
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    axis.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors))
+    axis.set_prop_cycle(
+        plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors)
+    )
     for topic in sorted({topic for means in history.values() for topic in means}):
-        points = [(int(step), means.get(topic, math.nan)) for step, means in history.items()]  # a gap where it rested
+        points = [
+            (int(step), means.get(topic, math.nan)) for step, means in history.items()
+        ]  # a gap where it rested
         axis.plot(*zip(*points, strict=True), marker=".", markersize=3, label=topic)
     axis.set(yscale="log", xlabel="step", ylabel="loss on the answers' tokens")
     axis.grid(alpha=0.3)

@@ -10,7 +10,16 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as BPE
 
 from qwen2vl import Config, VisionConfig
@@ -61,22 +70,41 @@ def make_tokenizer(folder: Path, lessons: int = 2000, merges: int = 400) -> None
     bpe.post_processor = processors.ByteLevel(trim_offsets=False)
     sentences = []
     for seed in range(TRAIN_SEEDS, TRAIN_SEEDS + lessons):
-        sentences += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "Picture 1: ", "Video 1: "]
+        sentences += [
+            "system\nYou are a helpful assistant.",
+            "user\n",
+            "assistant\n",
+            "Picture 1: ",
+            "Video 1: ",
+        ]
         for topic in ("shapes", "album", "clip"):  # words are spelled letter by letter
             for exchange in lesson(topic, seed).exchanges:
                 sentences += [
-                    part for turn in exchange.turns for text in turn for part in re.split(r"<\|.*?\|>", text)
+                    part
+                    for turn in exchange.turns
+                    for text in turn
+                    for part in re.split(r"<\|.*?\|>", text)
                 ]
     sentences += [question for question in READ for _ in range(100)]
     letters = pre_tokenizers.ByteLevel.alphabet()  # one for each byte
-    trainer = trainers.BpeTrainer(vocab_size=256 + merges, initial_alphabet=letters, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + merges, initial_alphabet=letters, show_progress=False
+    )
     bpe.train_from_iterator(sentences, trainer)
     bpe.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROL])
     folder.mkdir(parents=True, exist_ok=True)
     bpe.save(str(folder / "tokenizer.json"))
-    entry = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    entry = {
+        "lstrip": False,
+        "normalized": False,
+        "rstrip": False,
+        "single_word": False,
+        "special": True,
+    }
     tokenizer_config = {
-        "added_tokens_decoder": {bpe.token_to_id(token): {"content": token, **entry} for token in CONTROL},
+        "added_tokens_decoder": {
+            bpe.token_to_id(token): {"content": token, **entry} for token in CONTROL
+        },
         "additional_special_tokens": CONTROL[1:],
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
@@ -97,7 +125,12 @@ def make_config(folder: Path) -> Config:
     """
     bpe = BPE.from_file(str(folder / "tokenizer.json"))
     end, pad = bpe.token_to_id("<|im_end|>"), bpe.token_to_id("<|endoftext|>")
-    generation = {"bos_token_id": pad, "do_sample": False, "eos_token_id": [end, pad], "pad_token_id": pad}
+    generation = {
+        "bos_token_id": pad,
+        "do_sample": False,
+        "eos_token_id": [end, pad],
+        "pad_token_id": pad,
+    }
     write_json(folder / "generation_config.json", generation)
     # The bounds are the smallest and the largest picture of the world: a photograph is shrunk to about the latter.
     images = {
@@ -109,7 +142,10 @@ def make_config(folder: Path) -> Config:
     }
     images["image_mean"] = [0.48145466, 0.4578275, 0.40821073]
     images["image_std"] = [0.26862954, 0.26130258, 0.27577711]
-    images |= {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    images |= {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
     write_json(folder / "preprocessor_config.json", images)
     return Config(
         vocab_size=bpe.get_vocab_size(),
@@ -127,5 +163,7 @@ def make_config(folder: Path) -> Config:
         vision_end_token_id=bpe.token_to_id("<|vision_end|>"),
         image_token_id=bpe.token_to_id("<|image_pad|>"),
         video_token_id=bpe.token_to_id("<|video_pad|>"),
-        vision_config=VisionConfig(depth=4, embed_dim=160, num_heads=5, mlp_ratio=4, hidden_size=128),
+        vision_config=VisionConfig(
+            depth=4, embed_dim=160, num_heads=5, mlp_ratio=4, hidden_size=128
+        ),
     )

@@ -49,7 +49,17 @@ PLACES = (  # in reading order: place i is row i // 3, column i % 3
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six")
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
 SKILLS = {  # by topic
-    "shapes": ("describe", "count", "what", "colour", "shape", "where", "relation", "ground", "chat"),
+    "shapes": (
+        "describe",
+        "count",
+        "what",
+        "colour",
+        "shape",
+        "where",
+        "relation",
+        "ground",
+        "chat",
+    ),
     "words": ("read",),
     "album": ("compare", "shows", "inside"),
     "clip": ("video", "frame"),
@@ -63,7 +73,12 @@ MANY = 84  # pixels: a picture with a shorter side has at most two shapes, or on
 PRINT = (-3, 28, 32, -4, 40, 48)
 SPACED = 28  # pixels from letter to letter in a spaced line, as much as a token is wide
 
-DESCRIBE = ("Describe the image.", "Describe this image.", "Describe the picture.", "What do you see?")
+DESCRIBE = (
+    "Describe the image.",
+    "Describe this image.",
+    "Describe the picture.",
+    "What do you see?",
+)
 COUNT = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
 WHAT = ("What is {}?", "What do you see {}?")
 COLOUR = ("What colour is the {}?", "Which colour does the {} have?")
@@ -94,7 +109,9 @@ class Shape:
     kind: str
     colour: str
     place: str
-    box: tuple[int, int, int, int]  # left, top, right, bottom in pixels; the right and bottom edges are outside
+    box: tuple[
+        int, int, int, int
+    ]  # left, top, right, bottom in pixels; the right and bottom edges are outside
 
     @property
     def name(self) -> str:
@@ -164,16 +181,21 @@ def sizes(topic: str, stage: int = WHOLE) -> list[tuple[int, int]]:
         (rows, columns)
         for rows in range(heights[0], heights[1] + 1)
         for columns in range(widths[0], widths[1] + 1)
-        if rows * columns <= (area if stage == WHOLE else 16) and rows <= high * columns and columns <= wide * rows
+        if rows * columns <= (area if stage == WHOLE else 16)
+        and rows <= high * columns
+        and columns <= wide * rows
         for _ in range(round(96 / (8 + rows * columns)))
     ]
 
 
-def canvas(rng: random.Random, topic: str, cells: tuple[int, int] | None = None, stage: int = WHOLE) -> Scene:
+def canvas(
+    rng: random.Random, topic: str, cells: tuple[int, int] | None = None, stage: int = WHOLE
+) -> Scene:
     """An empty scene that the processor will resize to exactly `cells`."""
     off = 0 if stage == START else SIZES[topic][-1]
     height, width = (
-        rng.randint(max(56, 28 * n - off), min(336, 28 * n + off)) for n in cells or rng.choice(sizes(topic))
+        rng.randint(max(56, 28 * n - off), min(336, 28 * n + off))
+        for n in cells or rng.choice(sizes(topic))
     )
     return Scene(width, height, tuple(rng.randint(225, 255) for _ in range(3)))
 
@@ -185,14 +207,18 @@ def with_shapes(rng: random.Random, empty: Scene, most: int = 6, few_larger: boo
     # With kinds and colours drawn from all, three of a kind would be rare; from a few, all numbers turn up.
     kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
     colours = rng.sample(list(COLOURS), rng.randint(1, len(COLOURS)))
-    kind_of = {colour: rng.choice(kinds) for colour in colours}  # in one picture a colour belongs to one kind
+    kind_of = {
+        colour: rng.choice(kinds) for colour in colours
+    }  # in one picture a colour belongs to one kind
     count = rng.randint(1, most)
     cell_width, cell_height = (width - 2 * FRAME) / 3, (height - 2 * FRAME) / 3
     while True:
         shapes = []
         for place in sorted(rng.sample(range(len(PLACES)), count)):
             row, column = divmod(place, 3)
-            side = rng.uniform(0.75, 1.4 if count < 3 and few_larger else 0.95) * min(cell_width, cell_height)
+            side = rng.uniform(0.75, 1.4 if count < 3 and few_larger else 0.95) * min(
+                cell_width, cell_height
+            )
             side = max(SMALLEST, round(side))
             # Its middle stays near that of the cell, so that its place is never in doubt.
             x = FRAME + (column + 0.5 + rng.uniform(-0.2, 0.2)) * cell_width
@@ -200,7 +226,9 @@ def with_shapes(rng: random.Random, empty: Scene, most: int = 6, few_larger: boo
             left = int(min(max(x - side / 2, FRAME + 1), width - FRAME - 1 - side))
             top = int(min(max(y - side / 2, FRAME + 1), height - FRAME - 1 - side))
             colour = rng.choice(colours)
-            shapes.append(Shape(kind_of[colour], colour, PLACES[place], (left, top, left + side, top + side)))
+            shapes.append(
+                Shape(kind_of[colour], colour, PLACES[place], (left, top, left + side, top + side))
+            )
         if not any(near(one.box, other.box) for one, other in combinations(shapes, 2)):
             return replace(empty, shapes=tuple(shapes))
 
@@ -223,7 +251,9 @@ def printed(line: Line) -> Image.Image:
         height = max(letter.height for letter in letters)
         mask = Image.new("L", (line.pitch * len(letters), height))
         for i, letter in enumerate(letters):
-            mask.paste(letter, (line.pitch * i + (line.pitch - letter.width) // 2, height - letter.height))
+            mask.paste(
+                letter, (line.pitch * i + (line.pitch - letter.width) // 2, height - letter.height)
+            )
         return mask
     mask = Image.new("L", tuple(math.ceil(edge) for edge in font(line.size).getbbox(line.text)[2:]))
     ImageDraw.Draw(mask).text((0, 0), line.text, fill=255, font=font(line.size))
@@ -241,9 +271,17 @@ def with_lines(rng: random.Random, empty: Scene, spaced: float = 0.25) -> Scene:
         free = [-1]
         while min(free) < 0:
             text = "".join(rng.choices(rng.choice((LETTERS, LETTERS, DIGITS)), k=rng.randint(1, 6)))
-            line = Line(text, colour, rng.choice(PRINT), 0, 0, SPACED if rng.random() < spaced else 0)
-            free = [a - b - 4 for a, b in zip((empty.width - 2 * FRAME, height), printed(line).size, strict=True)]
-        left, top = FRAME + 2 + rng.randint(0, free[0]), FRAME + 2 + row * height + rng.randint(0, free[1])
+            line = Line(
+                text, colour, rng.choice(PRINT), 0, 0, SPACED if rng.random() < spaced else 0
+            )
+            free = [
+                a - b - 4
+                for a, b in zip((empty.width - 2 * FRAME, height), printed(line).size, strict=True)
+            ]
+        left, top = (
+            FRAME + 2 + rng.randint(0, free[0]),
+            FRAME + 2 + row * height + rng.randint(0, free[1]),
+        )
         lines.append(replace(line, left=left, top=top))
     return replace(empty, lines=tuple(lines))
 
@@ -251,7 +289,9 @@ def with_lines(rng: random.Random, empty: Scene, spaced: float = 0.25) -> Scene:
 def with_first_letters(rng: random.Random, empty: Scene) -> Scene:
     """As many letters as the picture has columns of tokens, each in the middle of its own: reading begins so."""
     colour = rng.choice([colour for colour in COLOURS if colour != "yellow"])
-    line = Line("".join(rng.choices(LETTERS + DIGITS, k=empty.width // 28)), colour, 32, 0, 0, SPACED)
+    line = Line(
+        "".join(rng.choices(LETTERS + DIGITS, k=empty.width // 28)), colour, 32, 0, 0, SPACED
+    )
     return replace(empty, lines=(replace(line, top=(empty.height - printed(line).height) // 2),))
 
 
@@ -259,7 +299,9 @@ def draw(scene: Scene, scale: int = 3) -> Image.Image:
     """The picture of a scene: painted `scale` times as large, then averaged down, for smooth edges."""
     image = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
     canvas = ImageDraw.Draw(image)
-    canvas.rectangle((0, 0, image.width - 1, image.height - 1), outline=FRAME_COLOUR, width=FRAME * scale)
+    canvas.rectangle(
+        (0, 0, image.width - 1, image.height - 1), outline=FRAME_COLOUR, width=FRAME * scale
+    )
     for shape in scene.shapes:
         left, top, right, bottom = (edge * scale for edge in shape.box)
         paint = COLOURS[shape.colour]
@@ -268,7 +310,9 @@ def draw(scene: Scene, scale: int = 3) -> Image.Image:
         elif shape.kind == "square":
             canvas.rectangle((left, top, right - 1, bottom - 1), fill=paint)
         elif shape.kind == "triangle":
-            canvas.polygon([((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=paint)
+            canvas.polygon(
+                [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=paint
+            )
         else:  # a star: ten corners, by turns on an outer and an inner circle
             x, y, radius = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
             corners = []
@@ -301,7 +345,9 @@ def describe(scene: Scene) -> str:
 def boxed(shape: Shape, scene: Scene) -> str:
     """A shape in the published format: its box in thousandths of width and height, here rounded to tens."""
     sides = (scene.width, scene.height) * 2
-    left, top, right, bottom = (10 * round(100 * edge / side) for edge, side in zip(shape.box, sides, strict=True))
+    left, top, right, bottom = (
+        10 * round(100 * edge / side) for edge, side in zip(shape.box, sides, strict=True)
+    )
     reference = f"<|object_ref_start|>the {shape.name}<|object_ref_end|>"
     return f"{reference}<|box_start|>({left},{top}),({right},{bottom})<|box_end|>"
 
@@ -310,7 +356,10 @@ def totals(scene: Scene) -> dict[str, int]:
     """How many there are of what: of all shapes, of each kind and of each colour."""
     found = {"shapes": len(scene.shapes)}
     found |= {f"{kind}s": sum(shape.kind == kind for shape in scene.shapes) for kind in KINDS}
-    return found | {f"{colour} shapes": sum(shape.colour == colour for shape in scene.shapes) for colour in COLOURS}
+    return found | {
+        f"{colour} shapes": sum(shape.colour == colour for shape in scene.shapes)
+        for colour in COLOURS
+    }
 
 
 def something(rng: random.Random, scene: Scene) -> str:
@@ -326,11 +375,15 @@ def related(rng: random.Random, one: Shape, other: Shape, plain: bool = False) -
 
     With all four words, neither a word nor a place alone makes an answer likelier: nothing to begin with.
     """
-    (row, column), (other_row, other_column) = (divmod(PLACES.index(shape.place), 3) for shape in (one, other))
+    (row, column), (other_row, other_column) = (
+        divmod(PLACES.index(shape.place), 3) for shape in (one, other)
+    )
     ways = [("above", "below", row, other_row), ("left of", "right of", column, other_column)]
     before, after, first, second = rng.choice([way for way in ways if way[2] != way[3]])
     said = before if plain else rng.choice((before, after))
-    return RELATION.format(one.name, said, other.name), "Yes." if (said == before) == (first < second) else "No."
+    return RELATION.format(one.name, said, other.name), "Yes." if (said == before) == (
+        first < second
+    ) else "No."
 
 
 def shapes_questions(rng: random.Random, scene: Scene, plain: bool = False) -> list[Exchange]:
@@ -348,20 +401,32 @@ def shapes_questions(rng: random.Random, scene: Scene, plain: bool = False) -> l
     by_place = {shape.place: f"a {shape.name}" for shape in shapes}
     for _ in range(2):
         place = rng.choice((rng.choice(shapes).place, rng.choice(shapes).place, rng.choice(PLACES)))
-        asked.append(("what", (rng.choice(WHAT).format(at(place)), sentence(by_place.get(place, "nothing")))))
+        asked.append(
+            ("what", (rng.choice(WHAT).format(at(place)), sentence(by_place.get(place, "nothing"))))
+        )
     one = rng.choice(shapes)
     asked.append(("shape", (rng.choice(SHAPE).format(at(one.place)), sentence(f"a {one.kind}"))))
     first, second = rng.sample(("circles", "squares", "triangles", "stars", "shapes"), 2)
-    chats = [(count(rng.choice(COUNT), first), count(rng.choice(("And {}?", "And how many {}?")), second))]
+    chats = [
+        (
+            count(rng.choice(COUNT), first),
+            count(rng.choice(("And {}?", "And how many {}?")), second),
+        )
+    ]
 
-    its_colour, it_is_at = ("And its colour?", "What colour is it?"), ("And where is it?", "Where is it?")
+    its_colour, it_is_at = (
+        ("And its colour?", "What colour is it?"),
+        ("And where is it?", "Where is it?"),
+    )
     colour = (rng.choice(its_colour), sentence(one.colour))
     chats.append(((rng.choice(SHAPE).format(at(one.place)), sentence(f"a {one.kind}")), colour))
     for one in rng.sample(by_kind, min(2, len(by_kind))):
         colour, place = sentence(one.colour), sentence(at(one.place))
         asked.append(("colour", (rng.choice(COLOUR).format(one.kind), colour)))
         chats.append(((rng.choice(COLOUR).format(one.kind), colour), (rng.choice(it_is_at), place)))
-        chats.append(((rng.choice(WHERE).format(one.kind), place), (rng.choice(its_colour), colour)))
+        chats.append(
+            ((rng.choice(WHERE).format(one.kind), place), (rng.choice(its_colour), colour))
+        )
     for one in rng.sample(by_name, min(4, len(by_name))):
         asked.append(("where", (rng.choice(WHERE).format(one.name), sentence(at(one.place)))))
     for one in rng.sample(by_name, min(2, len(by_name))):
@@ -386,7 +451,9 @@ def album_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[Excha
     what = something(rng, scenes[which])
     in_one = (IN_ONE.format(what, which + 1), NUMBERS[found[which][what]] + ".")
     asked = [("compare", turn) for turn in (*more[:3], in_one)]
-    names = [(shape.name, number) for number, scene in enumerate(scenes, 1) for shape in scene.shapes]
+    names = [
+        (shape.name, number) for number, scene in enumerate(scenes, 1) for shape in scene.shapes
+    ]
     alone = [(name, n) for name, n in names if {m for other, m in names if other == name} == {n}]
     for name, number in rng.sample(alone, min(2, len(alone))):
         asked.append(("shows", (SHOWS.format(name), f"Picture {number}.")))
@@ -396,7 +463,9 @@ def album_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[Excha
     return [Exchange(skill, (turn,)) for skill, turn in asked]
 
 
-def clip(rng: random.Random, empty: Scene, most: int = 6) -> tuple[tuple[Scene, ...], list[Exchange]]:
+def clip(
+    rng: random.Random, empty: Scene, most: int = 6
+) -> tuple[tuple[Scene, ...], list[Exchange]]:
     """Frames in which a ball moves, or two shapes come or go one after the other; in some the light flashes.
 
     `most` of 1: only one shape comes or goes, both first and last.
@@ -404,7 +473,9 @@ def clip(rng: random.Random, empty: Scene, most: int = 6) -> tuple[tuple[Scene, 
     length, grey = rng.randint(4, 8), rng.randint(140, 170)
     empty = replace(empty, background=(grey, grey, grey))
     moves = rng.random() < 0.5
-    frames, exchanges = moving(rng, empty, length) if moves else coming_and_going(rng, empty, length, most)
+    frames, exchanges = (
+        moving(rng, empty, length) if moves else coming_and_going(rng, empty, length, most)
+    )
     number = rng.randint(0, length // 2)
     starts = sorted(rng.sample(range(length - number + 1), number))
     flashes = [start + i for i, start in enumerate(starts)]  # so that no two are neighbours
@@ -417,38 +488,64 @@ def clip(rng: random.Random, empty: Scene, most: int = 6) -> tuple[tuple[Scene, 
 def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], list[Exchange]]:
     side = round(rng.uniform(0.22, 0.32) * min(empty.width, empty.height))
     room = [edge - 2 * FRAME - 2 - side for edge in (empty.width, empty.height)]
-    begin = [rng.random(), rng.random()]  # as shares of the room; along its way it passes at least 30 % of it
+    begin = [
+        rng.random(),
+        rng.random(),
+    ]  # as shares of the room; along its way it passes at least 30 % of it
     end, answer, colour, frames = list(begin), rng.choice(list(WAYS)), rng.choice(list(COLOURS)), []
     axis, forward = WAYS[answer]
-    begin[axis], end[axis] = sorted((rng.uniform(0, 0.35), rng.uniform(0.65, 1)), reverse=not forward)
+    begin[axis], end[axis] = sorted(
+        (rng.uniform(0, 0.35), rng.uniform(0.65, 1)), reverse=not forward
+    )
     for i in range(length):
         shares = [a + (b - a) * i / (length - 1) for a, b in zip(begin, end, strict=True)]
-        left, top = (FRAME + 1 + round(share * free) for share, free in zip(shares, room, strict=True))
-        frames.append(replace(empty, shapes=(Shape("circle", colour, "", (left, top, left + side, top + side)),)))
-    asked = [("video", (rng.choice(MOVES), answer)), ("frame", ("What colour is the ball?", sentence(colour)))]
+        left, top = (
+            FRAME + 1 + round(share * free) for share, free in zip(shares, room, strict=True)
+        )
+        frames.append(
+            replace(
+                empty, shapes=(Shape("circle", colour, "", (left, top, left + side, top + side)),)
+            )
+        )
+    asked = [
+        ("video", (rng.choice(MOVES), answer)),
+        ("frame", ("What colour is the ball?", sentence(colour))),
+    ]
     return frames, [Exchange(skill, (turn,)) for skill, turn in asked]
 
 
-def coming_and_going(rng: random.Random, empty: Scene, length: int, most: int) -> tuple[list[Scene], list[Exchange]]:
+def coming_and_going(
+    rng: random.Random, empty: Scene, length: int, most: int
+) -> tuple[list[Scene], list[Exchange]]:
     pair = ()
     while len({shape.name for shape in pair}) < 2:
         pair = with_shapes(rng, empty, 2).shapes
     times = (0, 0)
     while times[1] - times[0] < 2:
         times = sorted(rng.sample(range(1, length), 2))
-    events = list(zip(rng.sample(pair, 2), times, rng.choices(("appears", "disappears"), k=2), strict=True))
+    events = list(
+        zip(rng.sample(pair, 2), times, rng.choices(("appears", "disappears"), k=2), strict=True)
+    )
     events, frames = events[:most], []
     for i in range(length):
         shapes = [shape for shape, when, what in events if (i >= when) == (what == "appears")]
         frames.append(replace(empty, shapes=tuple(shapes)))
     first, *_, last = (f"The {shape.name} {what}." for shape, _, what in (events[0], *events))
-    seen = [", ".join(f"a {shape.name}" for shape in frame.shapes) or "nothing" for frame in (frames[0], frames[-1])]
+    seen = [
+        ", ".join(f"a {shape.name}" for shape in frame.shapes) or "nothing"
+        for frame in (frames[0], frames[-1])
+    ]
     asked = [("video", (rng.choice(FIRST), first)), ("video", (rng.choice(LAST), last))]
-    asked += [("frame", (question, sentence(shapes))) for question, shapes in zip((BEGIN, END), seen, strict=True)]
+    asked += [
+        ("frame", (question, sentence(shapes)))
+        for question, shapes in zip((BEGIN, END), seen, strict=True)
+    ]
     return frames, [Exchange(skill, (turn,)) for skill, turn in asked]
 
 
-def lesson(topic: str, seed: int, cells: tuple[int, int] | None = None, stage: int = WHOLE, most: int = 6) -> Lesson:
+def lesson(
+    topic: str, seed: int, cells: tuple[int, int] | None = None, stage: int = WHOLE, most: int = 6
+) -> Lesson:
     """The lesson of a topic and a seed; the exchanges are in random order.
 
     `cells` (rows, columns), `stage` and `most` are set by training only: pictures that the processor resizes to
@@ -467,10 +564,16 @@ def lesson(topic: str, seed: int, cells: tuple[int, int] | None = None, stage: i
         exchanges = album_questions(rng, scenes)
     elif topic == "words":
         spaced = 0.25 if stage == WHOLE else 0.5
-        scenes = (with_first_letters(rng, empty()) if stage == START else with_lines(rng, empty(), spaced),)
+        scenes = (
+            with_first_letters(rng, empty())
+            if stage == START
+            else with_lines(rng, empty(), spaced),
+        )
         # At the start always the same question: each letter is said at the same distance from its token.
         question = READ[0] if stage == START else rng.choice(READ)
-        exchanges = [Exchange("read", ((question, " ".join(line.text for line in scenes[0].lines)),))]
+        exchanges = [
+            Exchange("read", ((question, " ".join(line.text for line in scenes[0].lines)),))
+        ]
     else:
         scenes = (with_shapes(rng, empty(), most, few_larger=stage != START),)
         exchanges = shapes_questions(rng, scenes[0], plain=stage == START)
@@ -488,7 +591,9 @@ def messages(lesson: Lesson, exchanges: list[Exchange]) -> list[dict]:
     pictures = [draw(scene) for scene in lesson.scenes]
     seen = [{"type": "image", "image": picture} for picture in pictures]
     if lesson.topic == "clip":
-        seen = [{"type": "video", "video": pictures, "min_pixels": 56 * 56, "max_pixels": 336 * 224}]
+        seen = [
+            {"type": "video", "video": pictures, "min_pixels": 56 * 56, "max_pixels": 336 * 224}
+        ]
     said = []
     for question, answer in (turn for exchange in exchanges for turn in exchange.turns):
         said.append({"role": "user", "content": [*seen, {"type": "text", "text": question}]})
@@ -498,7 +603,13 @@ def messages(lesson: Lesson, exchanges: list[Exchange]) -> list[dict]:
 
 
 # name: evaluation seed, above those that the score is taken on
-EXAMPLES = {"shapes.png": 89095, "wide.png": 10943, "tall.png": 13446, "square.png": 24796, "small.png": 10004}
+EXAMPLES = {
+    "shapes.png": 89095,
+    "wide.png": 10943,
+    "tall.png": 13446,
+    "square.png": 24796,
+    "small.png": 10004,
+}
 CLIP = "crossing.mp4"
 
 
@@ -506,7 +617,10 @@ def crossing(frames: int = 24) -> list[Image.Image]:
     """A red ball goes from the left to the right."""
     empty = Scene(112, 84, (155, 155, 155))
     lefts = [round(6 + i / (frames - 1) * (112 - 12 - 26)) for i in range(frames)]
-    return [draw(replace(empty, shapes=(Shape("circle", "red", "", (x, 28, x + 26, 54)),))) for x in lefts]
+    return [
+        draw(replace(empty, shapes=(Shape("circle", "red", "", (x, 28, x + 26, 54)),)))
+        for x in lefts
+    ]
 
 
 def main(argv=None) -> int:

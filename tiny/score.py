@@ -58,13 +58,21 @@ def ask(model: Qwen2VL, processor: Processor, items: list[tuple[Lesson, Exchange
             break
         batch = processor([talks[i][: 2 * turn + 1] for i in rows], add_vision_id=vision_id)
         for i, reply in zip(rows, generate(model, batch, 100), strict=True):
-            said[i] = processor.tokenizer.decode(reply, skip_special_tokens=False).split("<|im_end|>")[0]
+            said[i] = processor.tokenizer.decode(reply, skip_special_tokens=False).split(
+                "<|im_end|>"
+            )[0]
             talks[i][2 * turn + 1]["content"] = said[i]
     return said
 
 
 def score(
-    folder: Path, count: int, size: int = 50, *, skip: int = 0, show_wrong: int = 0, quantize: str | None = None
+    folder: Path,
+    count: int,
+    size: int = 50,
+    *,
+    skip: int = 0,
+    show_wrong: int = 0,
+    quantize: str | None = None,
 ) -> dict[str, float]:
     """The share of the points of each skill, over `count` questions after `skip`; `size` conversations at a time."""
     model, processor, results = load_model(folder, quantize=quantize), processor_for(folder), {}
@@ -85,7 +93,10 @@ def score(
 
 def table(folder: Path, count: int, **options) -> str:
     """The score, with its options, as Markdown."""
-    rows = [f"| {skill} | {100 * share:.1f} % |" for skill, share in score(folder, count, **options).items()]
+    rows = [
+        f"| {skill} | {100 * share:.1f} % |"
+        for skill, share in score(folder, count, **options).items()
+    ]
     return "\n".join([f"| skill | of {count} |", "|---|---|", *rows])
 
 
@@ -93,9 +104,15 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Score a trained model by skill.")
     parser.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT)
     parser.add_argument("--items", type=int, default=1000, help="questions of each skill")
-    parser.add_argument("--skip", type=int, default=0, metavar="N", help="take other questions: not the first N")
-    parser.add_argument("--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each skill")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits")
+    parser.add_argument(
+        "--skip", type=int, default=0, metavar="N", help="take other questions: not the first N"
+    )
+    parser.add_argument(
+        "--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each skill"
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits"
+    )
     args = parser.parse_args(argv)
     options = {"skip": args.skip, "show_wrong": args.show_wrong, "quantize": args.quantize}
     print(table(args.folder, args.items, **options))

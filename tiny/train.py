@@ -125,7 +125,10 @@ TOPICS = {
     "clip": ("clip", SKILLS["clip"], 8, 20, 3),
     "events": ("clip", ["video"], 1, 20, 3),
 }
-STAGES = (5000, 9000)  # the steps from which on there are small pictures of any size, and those of all sizes
+STAGES = (
+    5000,
+    9000,
+)  # the steps from which on there are small pictures of any size, and those of all sizes
 WORDS_STAGES = (875, 1875)  # the same for words: letters are learned much sooner than places
 # Where the learning rate starts anew, from which share of its peak, and at which step its fall would end.
 LEGS = {
@@ -156,7 +159,10 @@ class Batches:
         self.parts, self.work = parts, work
         self.processor = processor_for(folder)
         tokenizer = self.processor.tokenizer
-        self.header, self.end = tokenizer.encode("<|im_start|>assistant\n"), tokenizer.token_id("<|im_end|>")
+        self.header, self.end = (
+            tokenizer.encode("<|im_start|>assistant\n"),
+            tokenizer.token_id("<|im_end|>"),
+        )
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[str, dict[str, torch.Tensor]]:
         step, part = place
@@ -172,24 +178,38 @@ class Batches:
             stage, most = min(stage, SMALL), int(name.removeprefix(topic))
         cells = rng.choice(sizes(world, stage))
         longest = rng.randint(1, longest)
-        count = max(1, min(64, round(self.work / (words * longest + picture * 4 * cells[0] * cells[1]))))
-        seeds = range(TRAIN_SEEDS + 64 * number, TRAIN_SEEDS + 64 * number + (64 if topic == "kinds" else count))
+        count = max(
+            1, min(64, round(self.work / (words * longest + picture * 4 * cells[0] * cells[1])))
+        )
+        seeds = range(
+            TRAIN_SEEDS + 64 * number,
+            TRAIN_SEEDS + 64 * number + (64 if topic == "kinds" else count),
+        )
         lessons, talks = [lesson(world, seed, cells, stage, most) for seed in seeds], []
         if topic == "kinds":
             lessons.sort(key=by_kind, reverse=True)
         for one in lessons[:count]:
             # What there is in all comes always and last: what follows it can be read off it, without a look (only
             # "told" asks on after it). In a picture in which no shape has a name of its own, something else is asked.
-            asked = [exchange for exchange in one.exchanges if exchange.skill in skills] or list(one.exchanges)
+            asked = [exchange for exchange in one.exchanges if exchange.skill in skills] or list(
+                one.exchanges
+            )
             asked.sort(key=lambda exchange: exchange.skill != "describe")
-            talks.append(messages(one, asked[:longest] if topic == "told" else asked[:longest][::-1]))
+            talks.append(
+                messages(one, asked[:longest] if topic == "told" else asked[:longest][::-1])
+            )
         batch = self.processor(talks, add_generation_prompt=False, add_vision_id=world == "album")
         # Prompts are padded on the left; a training row turns round to be padded on the right, where no token can
         # see the padding, so that attention needs no mask.
         left = (batch.attention_mask == 0).sum(1)
-        input_ids = torch.tensor(np.stack([np.roll(ids, -n) for ids, n in zip(batch.input_ids, left, strict=True)]))
+        input_ids = torch.tensor(
+            np.stack([np.roll(ids, -n) for ids, n in zip(batch.input_ids, left, strict=True)])
+        )
         arrays = {"pixel_values": batch.pixel_values, "image_grid_thw": batch.image_grid_thw}
-        arrays |= {"pixel_values_videos": batch.pixel_values_videos, "video_grid_thw": batch.video_grid_thw}
+        arrays |= {
+            "pixel_values_videos": batch.pixel_values_videos,
+            "video_grid_thw": batch.video_grid_thw,
+        }
         tensors = {name: torch.tensor(array) for name, array in arrays.items() if array is not None}
         answers = torch.tensor([self.answers(ids) for ids in input_ids.tolist()])
         return topic, {"input_ids": input_ids, "answers": answers, **tensors}  # both [B, S]
@@ -248,18 +268,32 @@ def train(rank: int, args, config: Config) -> None:
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     state_file, start, minutes, history = args.run / "state.pt", 0, 0.0, {}
-    settings = {"steps": args.steps, "parts": args.parts, "work": args.work, "lr": args.lr, "seed": args.seed}
+    settings = {
+        "steps": args.steps,
+        "parts": args.parts,
+        "work": args.work,
+        "lr": args.lr,
+        "seed": args.seed,
+    }
     if state_file.exists():
         state = torch.load(state_file, map_location=args.device)
         if state["settings"] != settings:
-            raise SystemExit(f"{state_file} is of a run with {state['settings']}; delete it to start anew")
+            raise SystemExit(
+                f"{state_file} is of a run with {state['settings']}; delete it to start anew"
+            )
         model.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         start, minutes, history = state["step"], state["minutes"], state["history"]
     if args.processes > 1:
-        meeting = (args.run / "meeting").absolute().as_uri()  # a file through which they find each other
-        patience = timedelta(hours=12)  # for the others: they may be halted a while to make room for other work
-        torch.distributed.init_process_group("gloo", meeting, timeout=patience, rank=rank, world_size=args.processes)
+        meeting = (
+            (args.run / "meeting").absolute().as_uri()
+        )  # a file through which they find each other
+        patience = timedelta(
+            hours=12
+        )  # for the others: they may be halted a while to make room for other work
+        torch.distributed.init_process_group(
+            "gloo", meeting, timeout=patience, rank=rank, world_size=args.processes
+        )
     batches, recent = Batches(args.folder, args.parts, args.work), []
     lessons, began = 0, time.time()
     for step in range(start, args.steps):
@@ -276,7 +310,9 @@ def train(rank: int, args, config: Config) -> None:
                 logits = model(**batch)[:, :-1]  # [B, S - 1, V]: what comes next after each token
             loss = F.cross_entropy(logits[answers].float(), batch["input_ids"][:, 1:][answers])
             (loss / args.parts).backward()  # adds to the gradients
-            told[:, list(TOPICS).index(topic)] += torch.tensor([loss.item(), 1, len(answers)], device=args.device)
+            told[:, list(TOPICS).index(topic)] += torch.tensor(
+                [loss.item(), 1, len(answers)], device=args.device
+            )
         if args.processes > 1:
             total = torch.cat([told.flatten(), *(weight.grad.flatten() for weight in weights)])
             torch.distributed.all_reduce(total)
@@ -298,35 +334,58 @@ def train(rank: int, args, config: Config) -> None:
         if done % 10 == 0:
             progress = f"step {done}/{args.steps}  loss {means}  {lessons / seconds:.0f} lessons/s"
             progress += f"  {(args.steps - done) * seconds / (done - start) / 60:.0f} min left "
-            end = "\n" if done % 200 == 0 else ""  # a line stays now and then, the others are written over
+            end = (
+                "\n" if done % 200 == 0 else ""
+            )  # a line stays now and then, the others are written over
             print(f"\r{progress}", end=end, file=sys.stderr, flush=True)
         if done % args.save_every == 0 or done == args.steps:
             history[done] = means
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "settings": settings}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "settings": settings,
+            }
             state |= {"step": done, "minutes": minutes + seconds / 60, "history": history}
             torch.save(state, args.run / "new.pt")
-            (args.run / "new.pt").replace(state_file)  # a stop while writing leaves the old one whole
-            save_model(copy.deepcopy(model).to(torch.bfloat16), args.folder)  # to be asked while it learns
+            (args.run / "new.pt").replace(
+                state_file
+            )  # a stop while writing leaves the old one whole
+            save_model(
+                copy.deepcopy(model).to(torch.bfloat16), args.folder
+            )  # to be asked while it learns
     if rank == 0:
         size = sum(weight.numel() for weight in weights) / 1e6
-        print(f"\n{size:.2f} M parameters, {minutes + (time.time() - began) / 60:.0f} minutes", file=sys.stderr)
+        print(
+            f"\n{size:.2f} M parameters, {minutes + (time.time() - began) / 60:.0f} minutes",
+            file=sys.stderr,
+        )
         write_json(args.run / "history.json", history)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description="Train the bundled model and score it.")
     parser.add_argument("--folder", type=Path, default=CHECKPOINT, help="where the model goes")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/tiny"), help="for what training needs to go on"
+    )
     parser.add_argument("--steps", type=int, default=88_500)
     parser.add_argument("--parts", type=int, default=6, help="of a step, each of one topic")
     parser.add_argument("--work", type=int, default=800, help="size of a part, in patches")
     parser.add_argument("--lr", type=float, default=7e-4)
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights")
-    parser.add_argument("--processes", type=int, default=min(6, os.cpu_count() or 1), help="one a core")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true", help="matrix products in bf16: quick where hardware has them")
+    parser.add_argument(
+        "--processes", type=int, default=min(6, os.cpu_count() or 1), help="one a core"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--bf16", action="store_true", help="matrix products in bf16: quick where hardware has them"
+    )
     parser.add_argument("--save-every", type=int, default=500)
-    parser.add_argument("--items", type=int, default=1000, help="questions of each skill that the score takes")
+    parser.add_argument(
+        "--items", type=int, default=1000, help="questions of each skill that the score takes"
+    )
     args = parser.parse_args(argv)
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "meeting").unlink(missing_ok=True)

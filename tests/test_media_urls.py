@@ -7,12 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import quote
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
 
-from extras import addresses
-from preprocess import load_image, load_video, open_media
+import media
+from media import load_image, open_media
+from preprocess import load_video
 
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes.png"
 
@@ -119,7 +121,7 @@ def test_an_open_file_is_read_from_its_beginning_and_stays_open():
     ("path", "error", "said"),
     [
         ("/nowhere.png", ValueError, "nowhere.png was answered with 404 Not Found"),
-        ("/words", ValueError, "/words as a picture: it has no format that Pillow knows"),
+        ("/words", ValueError, "/words as an image: it has no format that Pillow knows"),
         ("/cut", OSError, "cannot fetch http://127.0.0.1"),
         ("/round", OSError, "cannot fetch http://127.0.0.1"),
     ],
@@ -139,40 +141,42 @@ def test_a_server_that_cannot_be_reached():
 
 def test_a_silent_server_is_left(server):
     with pytest.raises(TimeoutError, match=r"sent nothing for 0\.01 seconds"):
-        addresses.fetch(f"{server}/silent", timeout=0.01)
+        media.download(f"{server}/silent", timeout=0.01)
 
 
 def test_a_server_may_not_take_for_ever(server):
     with pytest.raises(TimeoutError, match="was not there after 0 seconds"):
-        addresses.fetch(f"{server}/shapes.png", deadline=0)
+        media.download(f"{server}/shapes.png", deadline=0)
 
 
 @pytest.mark.parametrize("path", ["/shapes.png", "/long"])
 def test_the_size_is_limited_whether_it_is_said_or_not(server, path):
     size = len(SHAPES.read_bytes())
-    assert len(addresses.fetch(server + path, max_bytes=size).read()) == size
+    assert len(media.download(server + path, max_bytes=size).read()) == size
     with pytest.raises(ValueError, match="holds more than"):
-        addresses.fetch(server + path, max_bytes=size - 1)
+        media.download(server + path, max_bytes=size - 1)
 
 
 def test_an_announced_size_is_believed_before_anything_is_read(server, monkeypatch):
     def refuse(self, *arguments, **more):
         raise AssertionError("the content was read")
 
-    monkeypatch.setattr(addresses.httpx2.Response, "iter_bytes", refuse)
+    monkeypatch.setattr(httpx2.Response, "iter_bytes", refuse)
     with pytest.raises(ValueError, match="holds more than"):
-        addresses.fetch(f"{server}/shapes.png", max_bytes=100)
+        media.download(f"{server}/shapes.png", max_bytes=100)
 
 
-@pytest.mark.parametrize("address", ["data:image/png;base64,abc", "data:nothing", "http://[::1", "https://"])
+@pytest.mark.parametrize(
+    "address", ["data:image/png;base64,abc", "data:nothing", "http://[::1", "https://"]
+)
 def test_addresses_that_make_no_sense(address):
-    with pytest.raises((ValueError, OSError), match=r"address|fetch") as caught:
+    with pytest.raises((ValueError, OSError), match=r"URL|fetch") as caught:
         open_media(address)
     assert "\n" not in str(caught.value)
 
 
 def test_a_large_answer_goes_to_a_temporary_file(server, monkeypatch):
-    monkeypatch.setattr(addresses, "IN_MEMORY", 100)
-    with addresses.fetch(f"{server}/shapes.png") as file:
+    monkeypatch.setattr(media, "SPOOL_BYTES", 100)
+    with media.download(f"{server}/shapes.png") as file:
         assert file._rolled
         assert file.read() == SHAPES.read_bytes()
