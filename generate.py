@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from load_weights import find_folder, load_model
+from load_weights import check_supported, find_folder, load_model
 from preprocess import Batch, Processor
 from qwen2vl import KVCache, Qwen2VL, at_least_float32
 from tokenizer import StreamDecoder
@@ -191,6 +191,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     single = not (arguments.chat or arguments.batch)
     folder = find_folder(arguments.model or TINY, weights=not arguments.dry_run)
+    check_supported(folder)  # first: what is wrong is the checkpoint, not a file that it lacks
     processor = Processor.from_pretrained(folder, arguments.min_pixels, arguments.max_pixels)
     messages, start = command_line.first_messages(arguments), time.perf_counter()
     batch = processor(messages, add_vision_id=arguments.add_vision_id) if single else None

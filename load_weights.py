@@ -1,168 +1,620 @@
-"""A checkpoint, by folder or by hub name, becomes a `Qwen2VL` with its weights; and the way back.
+"""A checkpoint, by directory or hub name → a `Qwen2VL` with its weights; and the way back.
 
 The model is built without memory ("meta" device), the files are memory-mapped, and each mapped tensor becomes the
-parameter itself: nothing is initialised at random first, and no second copy of the weights ever exists. A tensor is
-copied only where the caller asks for another dtype or device.
+parameter itself: nothing is initialized at random first, and there is no second copy of the weights. A tensor is
+copied only where its dtype or device is not that of the model.
 
-Source: the published checkpoints, and the folders that transformers 4.45, 4.57 and 5.23 write.
+Source: the published checkpoints, and the directories that transformers 4.45, 4.57 and 5.23 write.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import reprlib
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from extras import linear
+from extras import hub, linear
 from qwen2vl import Config, Qwen2VL, VisionConfig
 from tokenizer import read_json
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
+
+# ------------------------------------------------------------------------------------------ the checkpoint's files
 def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
-    """A folder as it is; a hub name ("Qwen/Qwen2-VL-2B-Instruct") as the folder of its downloaded snapshot.
+    """Return the directory of a checkpoint: a directory itself, or the downloaded snapshot of a hub name.
 
-    weights: whether they are downloaded with it.
-    Raises FileNotFoundError if the name is neither a folder nor a hub name that can be had.
+    A `~` at the start is the home directory. weights: whether they are downloaded with the other files.
+    Raises FileNotFoundError if it is neither a directory nor a hub name, OSError if the download fails.
     """
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    name = str(name_or_folder)
+    path = Path(name_or_folder)
+    with suppress(RuntimeError):  # a user that does not exist: then there is no such directory
+        path = path.expanduser()
+    if path.is_dir() and name:
+        return path
+    if path.name.lower().endswith(".gguf"):
+        raise FileNotFoundError(gguf_refusal(name))
+    if path.exists() and name:
         raise FileNotFoundError(
-            f"{name_or_folder} is a file; expected a checkpoint folder or a hub name"
+            f"{name} is a file; expected a checkpoint directory, such as the one that holds it, or a hub name"
         )
-    if str(name_or_folder).count("/") != 1 or str(name_or_folder)[0] in "./~":
+    if name.count("/") != 1 or name[0] in "./~":
         raise FileNotFoundError(
-            f"no folder {name_or_folder}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+            f"no folder {name}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct"
         )
-    from extras import hub
-
-    return hub.snapshot(str(name_or_folder), weights)
+    return hub.snapshot(name, weights)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: `model.safetensors`, or the shards that its index names."""
-    names, index = ["model.safetensors"], "model.safetensors.index.json"
-    if (folder / index).is_file():
-        names = sorted(set(read_json(folder, index)["weight_map"].values()))
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+    """Return the safetensors files of a directory: `model.safetensors`, else the shards that the index names.
+
+    Warns of an index beside a `model.safetensors`, which is ignored as in the reference.
+    Raises FileNotFoundError for files that are missing, ValueError for an index that is damaged.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        if (folder / INDEX).is_file():
+            warnings.warn(
+                f"{folder} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} is used", stacklevel=2
+            )
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(explain_no_weights(folder))
+    names = shard_names(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {first_few(missing)}, named by {INDEX}")
     return [folder / name for name in names]
 
 
-# What config.json may hold beside the fields of our two classes: read under another name, or without effect here.
+def shard_names(folder: Path) -> list[str]:
+    """Return the sorted file names in the index, each of them in the index's own directory."""
+    path = folder / INDEX
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{path}: weight_map: expected an object that names the file of each tensor, "
+            f"got {reprlib.repr(weight_map)}"
+        )
+    for name in weight_map.values():
+        is_file_name = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        if not is_file_name:
+            raise ValueError(
+                f"{path}: weight_map: expected names of safetensors files in the same directory, "
+                f"got {reprlib.repr(name)}"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def explain_no_weights(folder: Path) -> str:
+    """Return the sentence for a directory without safetensors weights under the names that are read."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".gguf") for name in names):
+        return gguf_refusal(folder)
+    others = [name for name in names if re.search(r"\.(bin|pth|pt|ckpt|h5|msgpack|npz)$", name)]
+    if others:
+        return (
+            f"{folder} lacks {WEIGHTS} and holds {first_few(others)}: only safetensors files are "
+            "read, as those of pickle can run code; convert the checkpoint with transformers' save_pretrained"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return f"{folder} lacks {WEIGHTS} or {INDEX}, which would name {first_few(others)}"
+    return f"{folder} lacks {WEIGHTS}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn any error of the safetensors library inside the block into a ValueError that names the file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in its Rust code is no Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
+
+
+def open_shard(path: Path) -> safe_open:
+    """Memory-map a safetensors file. Raises ValueError naming it if it is empty, cut off or of another format."""
+    with naming(path), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
+        )
+    with naming(path):
+        return safe_open(path, framework="pt")
+
+
+def first_few(names: list[str], limit: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+# ------------------------------------------------------------------------------- checkpoints that cannot be loaded
+# Methods by their `quant_method` in config.json; others are named as they are there.
+METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "hqq": "HQQ",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+    "mlx": "MLX",
+}
+# Endings of tensor names that only quantized weights and adapters have; the first that is found decides.
+QUANTIZED_ENDINGS = {
+    ".qweight": "AWQ or GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".SCB": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".input_scale": "FP8",
+    ".codebooks": "AQLM",
+    ".W_q": "HQQ",
+    ".weight_scales": "EETQ",
+    ".weight._data": "quanto",
+    ".weight._scale": "quanto",
+    ":qdata": "torchao",
+    ".weight_qdata": "torchao",
+    ".scales": "MLX",
+}
+FULL_PRECISION = {  # by hidden_size
+    1536: "Qwen/Qwen2-VL-2B-Instruct",
+    3584: "Qwen/Qwen2-VL-7B-Instruct",
+    8192: "Qwen/Qwen2-VL-72B-Instruct",
+}
+
+
+def check_supported(folder: str | Path) -> None:
+    """Raise ValueError or FileNotFoundError for a directory that holds no full-precision Qwen2-VL checkpoint.
+
+    The sentence names what it holds instead (an adapter, GGUF files, quantized weights, another model) and what to
+    use. Reads config.json and the names of files, not the weights. A directory with nothing of that passes: the
+    readers of its files say what is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(adapter_refusal(folder))
+        if any(folder.glob("*.gguf")):
+            raise ValueError(gguf_refusal(folder))
+        return
+    raw_config = read_json(folder, "config.json")
+    model_type = raw_config.get("model_type")
+    if model_type != "qwen2_vl":
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type: expected 'qwen2_vl', got {reprlib.repr(model_type)}: "
+            "only Qwen2-VL checkpoints can be loaded"
+        )
+    method = quantization_method(raw_config)
+    if method is not None:
+        raise ValueError(quantized_refusal(folder, method, raw_config))
+    if any(folder.glob("adapter_model.*")):
+        raise ValueError(adapter_refusal(folder))
+
+
+def quantization_method(raw_config: dict) -> str | None:
+    """Return the name of the method, with its bits, that config.json says the weights are quantized with."""
+    found = None
+    for part in (raw_config, raw_config.get("text_config")):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = found or (isinstance(part, dict) and part.get(key))
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        return reprlib.repr(found)
+    method = found.get("quant_method")
+    bits = found.get("bits", found.get("w_bit"))
+    if method is None and "group_size" in found:
+        method = "mlx"
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        method = method or "bitsandbytes"
+        bits = 4 if found.get("load_in_4bit") else 8
+    name = METHODS.get(str(method).lower(), str(method or "an unnamed method"))
+    return f"{name} ({bits} bits)" if isinstance(bits, int) else name
+
+
+def quantized_refusal(folder: Path, method: str, raw_config: dict) -> str:
+    """Return the sentence for quantized weights, with the full-precision checkpoint of the same size."""
+    text_config = raw_config.get("text_config")
+    width = raw_config.get("hidden_size")
+    if isinstance(text_config, dict):
+        width = text_config.get("hidden_size", width)
+    names = [name for hidden_size, name in FULL_PRECISION.items() if hidden_size == width]
+    example = (names or ["Qwen/Qwen2-VL-2B-Instruct"])[0]
+    return (
+        f"the weights in {folder} are quantized with {method}, which cannot be loaded: use the "
+        f"full-precision checkpoint, such as {example}, with --quantize int8 or int4 to save memory"
+    )
+
+
+def gguf_refusal(source: str | Path) -> str:
+    """Return the sentence for weights in the GGUF format."""
+    return (
+        f"{source} holds weights in the GGUF format of llama.cpp, which cannot be loaded: use the "
+        "safetensors checkpoint, such as Qwen/Qwen2-VL-2B-Instruct, with --quantize int8 or int4 to save memory"
+    )
+
+
+def adapter_refusal(folder: Path) -> str:
+    """Return the sentence for a LoRA adapter, with the name of its base model."""
+    base = None
+    with suppress(OSError, ValueError):  # the name is an extra: the sentence holds without it
+        base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else "its base model"
+    return (
+        f"{folder} holds an adapter (LoRA) for {base}, which cannot be loaded: merge it into the "
+        "base model with PEFT's merge_and_unload, and use the directory of the merged model"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- config.json
+# Fields of config.json that are no fields of our two classes: read under another name, or without effect here.
 OTHER_FIELDS = {
     "text_config", "rope_parameters", "layer_types", "in_chans", "architectures", "auto_map", "dtype", "torch_dtype",
     "_name_or_path", "initializer_range", "model_type", "spatial_patch_size", "transformers_version", "use_cache",
-    "vision_token_id",
+    "vision_token_id", "quantization_config", "quantization", "compression_config",
 }  # fmt: skip
 
 
 def load_config(folder: str | Path) -> Config:
-    """config.json → Config, from any of its three layouts.
+    """Return the configuration in config.json, from any of its three layouts.
 
-    Flat (the hub): the decoder's fields stand at the top level. Flat with a `text_config` beside them (transformers
-    4.57): some of them stand twice, and the flag for tied embeddings only inside. Nested (5.x): the decoder's
-    fields only in `text_config`, rope in `rope_parameters`, the flag at the top level.
-    Warns of each field that is not known. Raises FileNotFoundError or ValueError that name the file.
+    Flat (the hub): the decoder's fields are at the top level. Flat with a `text_config` (transformers 4.57): some
+    fields appear twice, and `text_config` wins. Nested (5.x): the decoder's fields are in `text_config` alone, and
+    RoPE in `rope_parameters`. A flag for tied embeddings counts in either place.
+    Warns of each unknown field. Raises FileNotFoundError or ValueError that name the file and the field.
     """
-    path = Path(folder) / "config.json"
-    top = read_json(folder, path.name)
-    if top.get("model_type") != "qwen2_vl":
-        raise ValueError(f"{path}: model_type is {top.get('model_type')!r}, expected 'qwen2_vl'")
-    text, vision = top.get("text_config") or {}, dict(top.get("vision_config") or {})
-    merged = dict(text)
-    merged.update((name, value) for name, value in top.items() if value is not None)
-    rope = {"mrope_section": [16, 24, 24]}  # where the file has none, as in the reference
-    rope |= merged.get("rope_scaling") or merged.get("rope_parameters") or {}
-    merged["rope_theta"] = rope.pop("rope_theta", merged.get("rope_theta", Config.rope_theta))
-    merged["rope_scaling"] = rope
-    merged["tie_word_embeddings"] = any(part.get("tie_word_embeddings") for part in (top, text))
-    vision.setdefault(
-        "in_channels", vision.get("in_chans", VisionConfig.in_channels)
-    )  # the hub has the older name
-    parts = (
-        (Config, top, ""),
-        (Config, text, "text_config."),
-        (VisionConfig, vision, "vision_config."),
-    )
-    for cls, part, at in parts:
-        for name in sorted(part.keys() - OTHER_FIELDS - {f.name for f in fields(cls)}):
-            warnings.warn(f"{path} holds an unknown field: {at}{name}", stacklevel=2)
+    folder = Path(folder)
+    path = folder / "config.json"
+    check_supported(folder)
+    raw_config = read_json(folder, path.name)
     try:
-        merged["vision_config"] = VisionConfig(**pick(VisionConfig, vision))
-        config = Config(**pick(Config, merged))
-        kinds = [
-            "full" if config.window(i) is None else "sliding"
-            for i in range(config.num_hidden_layers)
-        ]
-        if (types := merged.get("layer_types")) and types != [
-            f"{kind}_attention" for kind in kinds
-        ]:
-            raise ValueError(
-                f"layer_types is {types}, use_sliding_window and max_window_layers make it {kinds}"
-            )
-        if (theta := (vision.get("rope_parameters") or {}).get("rope_theta", 10000)) != 10000:
-            raise ValueError(f"vision_config's rope_theta is {theta}, supported is 10000")
-        return config
+        text = section(raw_config, "text_config")
+        vision = section(raw_config, "vision_config")
+        values = decoder_values(raw_config, text)
+        if vision.get("in_channels") is None:
+            vision["in_channels"] = vision.get("in_chans")  # the hub's files have the older name
+        values["vision_config"] = VisionConfig(**known_values(VisionConfig, vision))
+        config = Config(**known_values(Config, values))
+        check_layer_types(config, values.get("layer_types"))
+        check_vision_rope(vision)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    unknown = [
+        *unknown_fields(Config, raw_config, ""),
+        *unknown_fields(Config, text, "text_config."),
+        *unknown_fields(VisionConfig, vision, "vision_config."),
+    ]
+    for name in unknown:
+        warnings.warn(f"{path} holds an unknown field: {name}", stacklevel=2)
+    return config
 
 
-def pick(cls: type, values: dict) -> dict:
-    """The entries of `values` that are fields of the dataclass."""
-    return {f.name: values[f.name] for f in fields(cls) if f.name in values}
+def section(raw_config: dict, name: str) -> dict:
+    """Return a copy of an object within config.json, empty where it is absent or null."""
+    found = raw_config.get(name)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected an object, got {reprlib.repr(found)}")
+    return dict(found)
+
+
+def decoder_values(raw_config: dict, text: dict) -> dict:
+    """Return the decoder's fields in the flat layout, where both levels hold one that of `text_config`."""
+    values = raw_config | text
+    rope = {"mrope_section": [16, 24, 24]}  # where the file has none, as in the reference
+    rope |= (
+        section(text, "rope_scaling")
+        or section(text, "rope_parameters")
+        or section(raw_config, "rope_scaling")
+        or section(raw_config, "rope_parameters")
+    )
+    theta = rope.pop("rope_theta", None)
+    if theta is not None:
+        values["rope_theta"] = theta
+    values["rope_scaling"] = rope
+    if values.get("num_key_value_heads", "absent") is None:
+        values["num_key_value_heads"] = values.get("num_attention_heads")
+    tied = "tie_word_embeddings"
+    values[tied] = raw_config.get(tied) or text.get(tied) or False
+    return values
+
+
+def known_values(cls: type, values: dict) -> dict:
+    """Return the entries that are fields of the dataclass; a null counts only where the field may be None."""
+    known = {}
+    for field in fields(cls):
+        if field.name not in values:
+            continue
+        if values[field.name] is None and not field.type.endswith("None"):
+            continue
+        known[field.name] = values[field.name]
+    return known
+
+
+def unknown_fields(cls: type, values: dict, prefix: str) -> list[str]:
+    """Return the sorted names of the entries that are neither fields of the dataclass nor known to have no effect."""
+    names = values.keys() - OTHER_FIELDS - {field.name for field in fields(cls)}
+    return [prefix + name for name in sorted(names)]
+
+
+def check_layer_types(config: Config, layer_types: object) -> None:
+    """Raise ValueError if the list contradicts use_sliding_window and max_window_layers."""
+    if not layer_types:
+        return
+    windows = [config.window(layer) for layer in range(config.num_hidden_layers)]
+    expected = [f"{'full' if window is None else 'sliding'}_attention" for window in windows]
+    if layer_types != expected:
+        raise ValueError(
+            f"layer_types: expected {reprlib.repr(expected)} by use_sliding_window and "
+            f"max_window_layers, got {reprlib.repr(layer_types)}"
+        )
+
+
+def check_vision_rope(vision: dict) -> None:
+    """Raise ValueError if the vision encoder's RoPE has another base than the one that is computed."""
+    theta = section(vision, "rope_parameters").get("rope_theta", 10000)
+    if theta != 10000:
+        raise ValueError(f"vision_config's rope_theta: expected 10000, got {theta!r}")
+
+
+def checkpoint_dtype(folder: Path) -> torch.dtype:
+    """Return the dtype that a checkpoint is loaded in: config.json's, else that of its first floating-point tensor.
+
+    Tensors of other dtypes in the files are cast to it, as in the reference. float8 never counts: without scales it
+    is a way of storing, not of computing.
+    """
+    raw_config = read_json(folder, "config.json")
+    text = raw_config.get("text_config")
+    for part in (raw_config, text if isinstance(text, dict) else {}):
+        name = part.get("dtype") or part.get("torch_dtype")
+        if name and name != "auto":
+            return parse_dtype(name, Path(folder) / "config.json")
+    return first_dtype(weight_files(folder)[0])
+
+
+def parse_dtype(name: object, path: Path) -> torch.dtype:
+    """Return the dtype of a name such as "bfloat16" or "torch.bfloat16"."""
+    names = ("float64", "float32", "float16", "bfloat16")
+    short_name = str(name).removeprefix("torch.")
+    if short_name not in names:
+        raise ValueError(
+            f"{path}: dtype: expected one of {', '.join(names)}, got {reprlib.repr(name)}"
+        )
+    return getattr(torch, short_name)
+
+
+def first_dtype(path: Path) -> torch.dtype:
+    """Return the dtype of the first tensor of 16 or more bits per floating-point number, float32 if there is none."""
+    stored_dtypes = {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
+    shard = open_shard(path)
+    with naming(path):
+        for key in shard.keys():
+            dtype = stored_dtypes.get(shard.get_slice(key).get_dtype())
+            if dtype is not None:
+                return dtype
+    return torch.float32
+
+
+# -------------------------------------------------------------------------------------------------------- tensors
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    path: Path
+    shard: safe_open
+    key: str  # its name there
+
+    def shape(self) -> list[int]:
+        with naming(self.path):
+            return self.shard.get_slice(self.key).get_shape()
+
+    def is_floating_point(self) -> bool:
+        with naming(self.path):
+            return "F" in self.shard.get_slice(self.key).get_dtype()  # F32, BF16, F8_E4M3
+
+    def load(self) -> torch.Tensor:
+        """Return the tensor, in place in the mapped file."""
+        with naming(self.path):
+            return self.shard.get_tensor(self.key)
 
 
 def parameter_name(name: str) -> str:
-    """A tensor's name in any layout → its name in the hub's layout, which is its name in `Qwen2VL`.
+    """Return a tensor's name in the hub's layout, which is its name in `Qwen2VL`, from that in any layout.
 
-    transformers 5.x nests both halves under `model.`, and a save of its bare model has them at the top.
+    transformers 5.x nests both halves under `model.`, a save of its bare model has them at the top, and a save of a
+    model within a model has one `model.` too many.
     """
-    name = re.sub(r"^model\.(?=visual\.|language_model\.)", "", name)
+    name = re.sub(
+        r"^(?:model\.|language_model\.)*(?=(?:model|visual|language_model|lm_head)\.)", "", name
+    )
     return re.sub(r"^language_model\.", "model.", name)
+
+
+def common_prefix(names: list[str], expected: set[str]) -> str:
+    """Return the prefix of all names ("module.", "_orig_mod.") without which most of them are expected ones."""
+    shared = [""]
+    for dot in re.finditer(r"\.", names[0] if names else ""):
+        prefix = names[0][: dot.end()]
+        if all(name.startswith(prefix) for name in names):
+            shared.append(prefix)
+
+    def count_known(prefix: str) -> int:
+        return sum(parameter_name(name.removeprefix(prefix)) in expected for name in names)
+
+    return max(shared, key=count_known)  # the shortest of those that are equally good
+
+
+def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTensor]:
+    """Return every tensor of the files under the name of its parameter. Stored `inv_freq` buffers are left out.
+
+    Warns of a prefix that is removed from all names. Raises ValueError for two tensors with one name.
+    """
+    tensors = []
+    for path in paths:
+        shard = open_shard(path)
+        with naming(path):
+            keys = [key for key in shard.keys() if not key.endswith(".inv_freq")]
+        tensors += [StoredTensor(path, shard, key) for key in keys]
+    prefix = common_prefix([tensor.key for tensor in tensors], expected)
+    if prefix:
+        warnings.warn(
+            f"all tensors in {paths[0].parent} are named {prefix}…: the prefix is removed",
+            stacklevel=3,
+        )
+    stored = {}
+    for tensor in tensors:
+        name = parameter_name(tensor.key.removeprefix(prefix))
+        if name in stored:
+            first = stored[name]
+            raise ValueError(
+                f"two tensors for the parameter {name}: {first.key} in {first.path} and "
+                f"{tensor.key} in {tensor.path}"
+            )
+        stored[name] = tensor
+    return stored
+
+
+def check_not_quantized(folder: Path, names: list[str]) -> None:
+    """Raise ValueError if the names are those of quantized weights or of an adapter, which config.json omits."""
+    if any(".lora_A." in name or ".lora_B." in name for name in names):
+        raise ValueError(adapter_refusal(folder))
+    if any(".quant_state." in name for name in names):
+        method = "bitsandbytes"
+        raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
+    for ending, method in QUANTIZED_ENDINGS.items():
+        if any(name.endswith(ending) for name in names):
+            raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
+
+
+def check_tensors(
+    folder: Path, expected: dict[str, list[int]], stored: dict[str, StoredTensor]
+) -> None:
+    """Raise ValueError with the first few tensors that are missing, unknown, misshapen or not floating point."""
+    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
+    unknown = []
+    misshapen = []
+    integers = []
+    for name, tensor in stored.items():
+        shape = tensor.shape()
+        if name not in expected:
+            unknown.append(f"{tensor.key} {shape}")
+        elif shape != expected[name]:
+            misshapen.append(f"{tensor.key} (expected {expected[name]}, got {shape})")
+        elif not tensor.is_floating_point():
+            integers.append(tensor.key)
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {first_few(missing)}")
+    if unknown:
+        problems.append(f"{len(unknown)} not part of Qwen2-VL: {first_few(unknown)}")
+    if misshapen:
+        problems.append(f"{len(misshapen)} of another shape: {first_few(misshapen)}")
+    if integers:
+        problems.append(
+            f"{len(integers)} of a dtype that is not floating point: {first_few(integers)}"
+        )
+    if problems:
+        raise ValueError(
+            f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}"
+        )
+
+
+def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.dtype) -> None:
+    """Where config.json ties the head to the embeddings, find the one tensor for both, or untie two that differ.
+
+    A tensor under either name serves both. If both are stored and equal in the model's dtype, the head is left out of
+    `stored`. If they differ, both are kept, `config.tie_word_embeddings` becomes false, and a warning says so.
+    Source: transformers 5.23.0, `PreTrainedModel.tie_weights`.
+    """
+    if not config.tie_word_embeddings or HEAD not in stored:
+        return
+    if EMBEDDING not in stored:
+        stored[EMBEDDING] = stored.pop(HEAD)
+        return
+    if torch.equal(stored[HEAD].load().to(dtype), stored[EMBEDDING].load().to(dtype)):
+        del stored[HEAD]
+        return
+    warnings.warn(
+        f"{HEAD} in {stored[HEAD].path} differs from the embeddings although config.json sets "
+        "tie_word_embeddings: both are kept",
+        stacklevel=3,
+    )
+    config.tie_word_embeddings = False
+
+
+# ------------------------------------------------------------------------------------------------------ the model
+def empty_model(config: Config) -> Qwen2VL:
+    """Return a model whose parameters have shapes and no memory. Raises ValueError for sizes beyond any memory."""
+    try:
+        with torch.device("meta"):
+            return Qwen2VL(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"config.json: a model of these sizes cannot be built: {reason}"
+        ) from error
 
 
 def load_model(
     name_or_folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
     attention: str = "auto", quantize: str | None = None,
 ) -> Qwen2VL:  # fmt: skip
-    """The checkpoint as a model in eval mode.
+    """Return the checkpoint as a model in eval mode.
 
-    device: by default CUDA where there is one, else the CPU. dtype: by default that of the files.
+    device: by default CUDA where there is one, else the CPU. dtype: of all parameters, by default `checkpoint_dtype`.
     attention: "plain", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
-    quantize: "int8" or "int4" keeps the decoder's weight matrices in so many bits.
-    Raises FileNotFoundError, or ValueError that names every missing, extra or misshapen tensor.
+    quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits.
+    Raises OSError or ValueError: one sentence that names the file, tensor or field that cannot be loaded.
     """
     folder = find_folder(name_or_folder)
-    config, device = load_config(folder), find_device(device)
-    shards = [open_shard(path) for path in weight_files(folder)]
-    stored = {parameter_name(key): (shard, key) for shard in shards for key in shard.keys()}
-    table = "model.embed_tokens.weight"
-    if (
-        config.tie_word_embeddings and "lm_head.weight" in stored
-    ):  # one tensor serves both, under either name
-        stored.setdefault(table, stored.pop("lm_head.weight"))
+    config = load_config(folder)
+    device = find_device(device)
+    paths = weight_files(folder)
+    dtype = dtype or checkpoint_dtype(folder)
+    names = {name for name, _ in empty_model(config).named_parameters()}
+    stored = list_tensors(paths, names | {HEAD})
+    check_not_quantized(folder, list(stored))
+    resolve_head(config, stored, dtype)
 
-    with torch.device("meta"):
-        model = Qwen2VL(config)
+    model = empty_model(config)
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
     check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
-    state = {name: shard.get_tensor(key).to(device, dtype) for name, (shard, key) in stored.items()}
+    state = {name: tensor.load().to(device, dtype) for name, tensor in stored.items()}
     if config.tie_word_embeddings:
-        state["lm_head.weight"] = state[table]
+        state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # assigning has made two parameters of the one tensor
-    model.visual.attention = model.model.attention = choose_attention(
-        attention, device, state[table].dtype
-    )
+    implementation = choose_attention(attention, device, dtype)
+    model.visual.attention = implementation
+    model.model.attention = implementation
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_json(folder, "generation_config.json")
     linear.swap(model, quantize)
@@ -170,9 +622,14 @@ def load_model(
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The device of that name; by default CUDA where there is one, else the CPU. ValueError if it cannot be used."""
+    """Return the device of that name; by default CUDA where there is one, else the CPU.
+
+    Raises ValueError if the device cannot be used.
+    """
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by device and build
         raise ValueError(
@@ -181,33 +638,11 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def open_shard(path: Path) -> safe_open:
-    """Maps a safetensors file into memory. Raises ValueError that names it if it is none."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def check_tensors(folder: Path, expected: dict[str, list[int]], stored: dict[str, tuple]) -> None:
-    """Raises ValueError with one line for each tensor that is missing, not known, or of another shape."""
-    problems = [
-        f"missing: {name} {shape}" for name, shape in expected.items() if name not in stored
-    ]
-    for name, (shard, key) in stored.items():
-        shape = shard.get_slice(key).get_shape()
-        if name not in expected:
-            problems.append(f"not part of this model: {key} {shape}")
-        elif shape != expected[name]:
-            problems.append(f"wrong shape: {key} is {shape}, config.json says {expected[name]}")
-    if problems:
-        raise ValueError(
-            f"the tensors in {folder} do not fit its config.json:\n  " + "\n  ".join(problems)
-        )
-
-
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolves "auto"; raises ValueError if flash-attn is asked for where it cannot run."""
+    """Return the attention implementation: the wanted one, or what "auto" stands for on this device.
+
+    Raises ValueError if flash-attn is asked for where it cannot run.
+    """
     obstacle = None
     if importlib.util.find_spec("flash_attn") is None:
         obstacle = "the package flash-attn is not installed"
@@ -217,31 +652,55 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
         obstacle = f"it needs float16 or bfloat16, this is {dtype}"
     if wanted == "flash" and obstacle:
         raise ValueError(f"attention 'flash' cannot be used: {obstacle}")
-    return wanted if wanted != "auto" else "sdpa" if obstacle else "flash"
+    if wanted != "auto":
+        return wanted
+    return "sdpa" if obstacle else "flash"
 
 
+# --------------------------------------------------------------------------------------------------- the way back
 def save_model(model: Qwen2VL, folder: str | Path) -> None:
-    """Writes config.json (flat), generation_config.json if the model has one, and model.safetensors.
+    """Write config.json (flat), generation_config.json if the model has one, and model.safetensors.
 
-    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside them, the folder
-    loads here and in transformers.
+    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside them, the directory
+    loads here and in transformers. Each file replaces an earlier one only when it is complete, so that a model can be
+    saved into the directory whose weights it has mapped.
+    Raises ValueError for a model with quantized layers, OSError naming the file if it cannot be written.
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f"a quantized model cannot be saved: expected floating-point weights, {name} is {parameter.dtype}"
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: p.detach().contiguous() for name, p in model.named_parameters()
-    }  # a tied head only once
-    save_file(
-        state, folder / "model.safetensors", metadata={"format": "pt"}
-    )  # transformers asks for the format
+    # named_parameters lists a tied head only once; transformers asks for the format
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    write_file(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
         "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         **asdict(model.config),
     }
-    files = {"config.json": config}
+    write_json(folder / "config.json", config)
     if model.generation_config:
-        files["generation_config.json"] = model.generation_config
-    for name, values in files.items():
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "generation_config.json", model.generation_config)
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    text = json.dumps(values, indent=2) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name in the same directory, and rename. Raises OSError naming the file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except Exception as error:  # the safetensors library has its own for a full disk
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(f"{path} cannot be written: {reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

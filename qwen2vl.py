@@ -15,8 +15,10 @@ Shapes: B batch, S new tokens, K all tokens so far (cached + new), C width of th
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 
 import torch
@@ -46,48 +48,128 @@ for same in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gel
     ACTIVATIONS[same] = partial(F.gelu, approximate="tanh")
 
 
+# The annotation of a configuration's field names what it accepts, one of FIELD_TYPES; " | None" adds null.
+Size = int  # a positive integer
+Positive = float  # a positive number
+MAX_LAYERS = 1000  # a larger number is a damaged file, and building the layers would never end
+
+
+def is_integer(value: object) -> bool:
+    """Return whether the value is an integer, not a boolean, that fits into 32 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def is_number(value: object) -> bool:
+    """Return whether the value is an integer or a finite float, not a boolean, within the range of float64."""
+    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_token_id_or_list(value: object) -> bool:
+    """Return whether the value is one integer or a list of them."""
+    return is_integer(value) or (isinstance(value, list) and all(map(is_integer, value)))
+
+
+FIELD_TYPES = {  # annotation → the check of a value, and the words for what is expected
+    "Size": (lambda value: is_integer(value) and value > 0, "a positive integer"),
+    "int": (is_integer, "an integer"),
+    "int | list[int]": (is_token_id_or_list, "an integer or a list of integers"),
+    "Positive": (lambda value: is_number(value) and value > 0, "a positive number"),
+    "float": (is_number, "a finite number"),
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "str": (lambda value: isinstance(value, str), "a string"),
+    "dict": (lambda value: isinstance(value, dict), "an object"),
+    "VisionConfig": (lambda value: isinstance(value, VisionConfig), "a VisionConfig"),
+}
+
+
+def check_fields(config: Config | VisionConfig, prefix: str = "") -> None:
+    """Raise ValueError naming the first field whose value is not what its annotation asks for."""
+    for field_ in fields(config):
+        value = getattr(config, field_.name)
+        kind = field_.type.removesuffix(" | None")
+        if value is None and kind != field_.type:
+            continue
+        fits, expected = FIELD_TYPES[kind]
+        if not fits(value):
+            got = reprlib.repr(value)
+            raise ValueError(f"{prefix}{field_.name}: expected {expected}, got {got}")
+
+
+def check_activation(name: str, value: str) -> None:
+    """Raise ValueError if the activation of that field is not implemented."""
+    if value not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+
+
+def check_layer_count(name: str, value: int) -> None:
+    """Raise ValueError if no real model can have so many layers."""
+    if value > MAX_LAYERS:
+        raise ValueError(f"{name}: expected at most {MAX_LAYERS}, got {value}")
+
+
 @dataclass
 class VisionConfig:
-    """The `vision_config` of config.json. What the file leaves out has the reference's default."""
+    """The `vision_config` of config.json. A field absent from the file has the reference's default.
 
-    depth: int = 32  # transformer blocks
-    embed_dim: int = 1280  # E
-    num_heads: int = 16
-    mlp_ratio: float = 4
-    hidden_size: int = 3584  # width of the tokens it hands over: the decoder's C
+    Raises ValueError for a value of the wrong type or out of range, and for fields that contradict each other.
+    Source: transformers 5.23.0, `Qwen2VLVisionConfig`.
+    """
+
+    depth: Size = 32  # transformer blocks
+    embed_dim: Size = 1280  # E
+    num_heads: Size = 16
+    mlp_ratio: Positive = 4
+    hidden_size: Size = 3584  # width of the image tokens: the decoder's C
     hidden_act: str = "quick_gelu"
-    in_channels: int = 3
-    patch_size: int = 14  # pixels a side
-    temporal_patch_size: int = 2  # frames in one patch; a still image is doubled
-    spatial_merge_size: int = 2  # patches a side that become one token
+    in_channels: Size = 3
+    patch_size: Size = 14  # pixels per side
+    temporal_patch_size: Size = 2  # frames in one patch; a still image is repeated
+    spatial_merge_size: Size = 2  # patches per side that become one token
+
+    def __post_init__(self):
+        check_fields(self, "vision_config.")
+        check_layer_count("vision_config.depth", self.depth)
+        if self.embed_dim % (4 * self.num_heads):  # 2-D RoPE: pairs for two axes in each head
+            raise ValueError(
+                f"vision_config.embed_dim: expected a multiple of 4 · {self.num_heads} heads, "
+                f"got {self.embed_dim}"
+            )
+        if self.embed_dim * self.mlp_ratio >= 2**31:
+            raise ValueError(
+                f"vision_config.mlp_ratio: expected a smaller number, got {self.mlp_ratio}"
+            )
+        check_activation("vision_config.hidden_act", self.hidden_act)
 
 
 @dataclass
 class Config:
-    """The fields of config.json that shape the computation. What the file leaves out has the reference's default.
+    """The fields of config.json that shape the computation. A field absent from the file has the reference's default.
 
+    Raises ValueError for a value of the wrong type or out of range, for fields that contradict each other, and for
+    what this file does not compute.
     Source: transformers 5.23.0, `Qwen2VLConfig` and `Qwen2VLTextConfig`.
     """
 
-    vocab_size: int = 152064
-    hidden_size: int = 8192  # C
-    intermediate_size: int = 29568  # inner width of the MLP
-    num_hidden_layers: int = 80
-    num_attention_heads: int = 64  # H
-    num_key_value_heads: int = 8  # G
+    vocab_size: Size = 152064
+    hidden_size: Size = 8192  # C
+    intermediate_size: Size = 29568  # inner width of the MLP
+    num_hidden_layers: Size = 80
+    num_attention_heads: Size = 64  # H
+    num_key_value_heads: Size = 8  # G
     hidden_act: str = "silu"
-    max_position_embeddings: int = 32768
-    rms_norm_eps: float = 1e-5  # the published checkpoints say 1e-6
-    rope_theta: float = 1e6
+    max_position_embeddings: Size = 32768
+    rms_norm_eps: Positive = 1e-5  # 1e-6 in the published checkpoints
+    rope_theta: Positive = 1e6
     rope_scaling: dict = field(
         default_factory=lambda: {"type": "mrope", "mrope_section": [16, 24, 24]}
     )
     use_sliding_window: bool = False
-    sliding_window: int | None = 4096  # how many tokens a token sees, itself included
+    sliding_window: int | None = 4096  # how many tokens a token attends to, itself included
     max_window_layers: int = 80  # the layers from this one on have the window, if it is used
     attention_dropout: float = 0.0  # of the decoder's attention, in training only
     tie_word_embeddings: bool = False  # true: the output head is the embedding table
-    image_token_id: int = 151655  # <|image_pad|>: the place of one image token
+    image_token_id: int = 151655  # <|image_pad|>: the placeholder of one image token
     video_token_id: int = 151656  # <|video_pad|>
     vision_start_token_id: int = 151652
     vision_end_token_id: int = 151653
@@ -102,61 +184,66 @@ class Config:
 
     @property
     def rope_type(self) -> str:
-        """Beside "default", which the published files call "mrope", those of `extras/rope_types.py`."""
+        """Return "default" (in the published files "mrope") or a type of `extras/rope_types.py`."""
         name = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
         return "default" if name == "mrope" else name
 
     def window(self, layer: int) -> int | None:
-        """How many tokens a token sees in this layer, itself included; None: all. Source: arXiv 2004.05150 §3.1."""
-        return (
-            self.sliding_window
-            if self.use_sliding_window and layer >= self.max_window_layers
-            else None
-        )
+        """Return how many tokens a token attends to in this layer, itself included; None: all of them.
+
+        Source: arXiv 2004.05150 §3.1.
+        """
+        if self.use_sliding_window and layer >= self.max_window_layers:
+            return self.sliding_window
+        return None
 
     def __post_init__(self):
-        """Raises ValueError for what this file does not compute, or what does not fit together."""
-        heads, shared, vision = (
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.vision_config,
-        )
-        section, half = self.rope_scaling.get("mrope_section", []), self.head_dim // 2
-        acts, split = {self.hidden_act, vision.hidden_act}, (vision.embed_dim, vision.num_heads)
-        window = self.window(self.max_window_layers)
-        for fine, problem in (
-            (
-                acts <= set(ACTIVATIONS),
-                f"hidden_act is one of {acts}, supported are {', '.join(ACTIVATIONS)}",
-            ),
-            (window is None or window > 0, f"sliding_window is {window}, expected at least 1"),
-            (
-                self.hidden_size % heads == 0,
-                f"{heads} heads do not divide hidden_size {self.hidden_size}",
-            ),
-            (
-                heads % shared == 0,
-                f"num_key_value_heads {shared} does not divide num_attention_heads {heads}",
-            ),
-            (
-                sum(section) == half,
-                f"mrope_section {section} does not sum to half the head width, {half}",
-            ),
-            (
-                split[0] % (4 * split[1]) == 0,
-                "vision embed_dim {} is no multiple of 4 · {} heads".format(*split),
-            ),
-            (
-                vision.hidden_size == self.hidden_size,
-                f"vision hidden_size {vision.hidden_size} is not the decoder's",
-            ),
-        ):
-            if not fine:
-                raise ValueError(f"configuration: {problem}")
+        check_fields(self)
+        heads = self.num_attention_heads
+        if self.hidden_size % (2 * heads):  # RoPE rotates pairs within a head
+            raise ValueError(
+                f"hidden_size: expected a multiple of 2 · {heads} heads, got {self.hidden_size}"
+            )
+        check_layer_count("num_hidden_layers", self.num_hidden_layers)
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: expected a divisor of num_attention_heads {heads}, "
+                f"got {self.num_key_value_heads}"
+            )
+        check_activation("hidden_act", self.hidden_act)
+        self.check_rope()
+        if self.use_sliding_window and self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window: expected at least 1, got {self.sliding_window}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(
+                f"attention_dropout: expected at least 0 and below 1, got {self.attention_dropout}"
+            )
+        if self.vision_config.hidden_size != self.hidden_size:
+            raise ValueError(
+                f"vision_config.hidden_size: expected the decoder's hidden_size "
+                f"{self.hidden_size}, got {self.vision_config.hidden_size}"
+            )
         if self.rope_type != "default":
             from extras import rope_types  # only where the configuration asks for it
 
             rope_types.check(self)
+
+    def check_rope(self) -> None:
+        """Raise ValueError if the fields of rope_scaling do not fit the heads or the type of RoPE."""
+        section = self.rope_scaling.get("mrope_section")
+        if not isinstance(section, list) or not all(is_integer(size) for size in section):
+            raise ValueError(
+                "rope_scaling's mrope_section: expected a list of integers, "
+                f"got {reprlib.repr(section)}"
+            )
+        if min(section, default=0) < 0 or sum(section) != self.head_dim // 2:
+            raise ValueError(
+                "rope_scaling's mrope_section: expected sizes that sum to half the head width, "
+                f"{self.head_dim // 2}, got {reprlib.repr(section)}"
+            )
+        if not isinstance(self.rope_type, str):
+            got = reprlib.repr(self.rope_type)
+            raise ValueError(f"rope_scaling's rope_type: expected a string, got {got}")
 
 
 def at_least_float32(x: Tensor) -> Tensor:

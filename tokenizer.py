@@ -30,9 +30,7 @@ def read_json(folder: str | Path, name: str) -> dict:
         raise FileNotFoundError(f"there is no {name} in {folder}; is that a checkpoint folder?")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError
-    ) as error:  # both JSON and UTF-8 errors are ValueErrors, and neither names the file
+    except (ValueError, RecursionError) as error:  # of JSON, UTF-8 and nesting: none names the file
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} should hold a JSON object, but holds a {type(found).__name__}")

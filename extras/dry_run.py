@@ -31,10 +31,9 @@ import numpy as np
 import torch
 
 from extras import batch_file, command_line, linear
-from load_weights import choose_attention, find_device, load_config, open_shard, weight_files
+from load_weights import checkpoint_dtype, choose_attention, empty_model, find_device, load_config
 from preprocess import Batch, Processor
-from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
-from tokenizer import read_json
+from qwen2vl import Config, KVCache, get_rope_index
 
 Sizes = dict[str, tuple[int, str]]  # of what: bytes, and a remark
 
@@ -92,19 +91,6 @@ def run(
     print("\n".join(memory_lines({"weights": weights(config, dtype, arguments.quantize)} | most)))
 
 
-def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json names; where it names none, that of the first tensor of the weight files."""
-    top = read_json(folder, "config.json")
-    parts = (top, top.get("text_config") or {})
-    name = next(
-        (part[key] for part in parts for key in ("torch_dtype", "dtype") if part.get(key)), None
-    )
-    if isinstance(found := getattr(torch, str(name), None), torch.dtype):
-        return found
-    shard = open_shard(weight_files(folder)[0])
-    return shard.get_tensor(next(iter(shard.keys()))).dtype
-
-
 def media_lines(batch: Batch, processor: Processor) -> list[str]:
     """A table of the pictures and clips, with a heading if there are any."""
     config = processor.image_config
@@ -151,8 +137,8 @@ def prompt_lines(batch: Batch, config: Config, max_new_tokens: int) -> list[str]
 
 
 def weights(config: Config, dtype: torch.dtype, quantize: str | None = None) -> tuple[int, str]:
-    with torch.device("meta"):
-        model = Qwen2VL(config).to(dtype)
+    """Return the bytes of the parameters of a run in this dtype, and a remark with their number."""
+    model = empty_model(config).to(dtype)
     count = sum(p.numel() for p in model.parameters())  # a tied head once
     linear.swap(model, quantize)
     name = str(dtype).removeprefix("torch.") + (

@@ -266,9 +266,9 @@ def test_an_unknown_way_to_quantise_is_refused():
 
 
 def test_a_quantised_model_cannot_be_taken_for_a_checkpoint(tmp_path):
-    save_model(load_model(TINY, "cpu", quantize="int8"), tmp_path)
-    with pytest.raises(ValueError, match=r"not part of this model: lm_head\.scale"):
-        load_model(tmp_path, "cpu")
+    with pytest.raises(ValueError, match="a quantized model cannot be saved"):
+        save_model(load_model(TINY, "cpu", quantize="int8"), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])

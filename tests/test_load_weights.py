@@ -176,16 +176,22 @@ def test_hub_spelling_of_the_channel_count(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl', expected 'qwen2_vl'"),
-        ({"hidden_act": "prelu"}, "hidden_act is one of .*prelu"),
+        ({"model_type": "qwen2_5_vl"}, "model_type: expected 'qwen2_vl', got 'qwen2_5_vl'"),
+        ({"hidden_act": "prelu"}, "hidden_act: expected one of .*got 'prelu'"),
         (
             {"rope_scaling": {"type": "elastic", "mrope_section": [2, 3, 3]}},
             "rope type is 'elastic'",
         ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section"),
-        ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 64"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
-        ({"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
+        ({"num_attention_heads": 5}, "hidden_size: expected a multiple of 2 · 5 heads, got 64"),
+        (
+            {"num_key_value_heads": 3},
+            "num_key_value_heads: expected a divisor of num_attention_heads 4, got 3",
+        ),
+        (
+            {"use_sliding_window": True, "sliding_window": 0},
+            "sliding_window: expected at least 1, got 0",
+        ),
     ],
 )
 def test_configs_that_cannot_be_computed_are_refused(change, message, tmp_path):
@@ -247,11 +253,18 @@ def test_every_wrong_tensor_is_named_with_both_shapes(tmp_path):
     weights["model.norm.weight"] = torch.zeros(65)
     with pytest.raises(ValueError, match=r"do not fit its config.json") as caught:
         load_model(write(tmp_path, config, weights))
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        "missing: visual.blocks.1.norm2.bias [32]",
-        "not part of this model: model.layers.7.mlp.up_proj.weight [3, 5]",
-        "wrong shape: model.norm.weight is [65], config.json says [64]",
-    ]
+    assert str(caught.value).split(": ", 1)[1] == (
+        "1 missing: visual.blocks.1.norm2.bias [32]; "
+        "1 not part of Qwen2-VL: model.layers.7.mlp.up_proj.weight [3, 5]; "
+        "1 of another shape: model.norm.weight (expected [64], got [65])"
+    )
+
+
+def test_only_the_first_few_of_many_wrong_tensors_are_listed(tmp_path):
+    config, weights = SHAPES["plain"], random_weights(SHAPES["plain"], seed=3)
+    weights = {name: tensor for name, tensor in weights.items() if "layers" not in name}
+    with pytest.raises(ValueError, match=r"24 missing: .* and 21 more$"):
+        load_model(write(tmp_path, config, weights))
 
 
 def test_missing_shard_is_named(case, tmp_path):
@@ -374,7 +387,10 @@ def test_we_open_a_bare_save_of_transformers(tmp_path):
         ("./missing", "no folder ./missing, nor a hub name"),
         ("missing", "no folder missing, nor a hub name"),
         ("Qwen/No-Such-Model", "HF_HOME has no download of it"),
-        ("bad name/x", "the hub says"),
+        ("bad name/x", "is not a valid hub name"),
+        ("Qwen/Qwen2-VL@main", "is not a valid hub name"),
+        ("https://huggingface.co/Qwen/Qwen2-VL-2B-Instruct", "nor a hub name"),
+        ("", "nor a hub name"),
     ],
 )
 def test_unknown_names_are_one_sentence(name, message, monkeypatch, tmp_path):
@@ -388,22 +404,28 @@ def test_unknown_names_are_one_sentence(name, message, monkeypatch, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_hub_download_asks_for_weights_and_json_alone(monkeypatch, tmp_path):
+def test_hub_download_asks_for_settings_and_weights_alone(monkeypatch, tmp_path):
     import huggingface_hub
 
+    files = (
+        *("config.json", "chat_template.jinja", "merges.txt", "model-00001-of-00002.safetensors"),
+        *("pytorch_model.bin", "original/model.safetensors", "onnx/config.json", "training.pth"),
+    )
     asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path)
-    )
+
+    def download(name, allow_patterns, ignore_patterns):
+        filtered = huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        )
+        asked.append((name, list(filtered)))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "model.safetensors").write_bytes(b"")
     assert find_folder("Qwen/Qwen2-VL-2B-Instruct") == tmp_path
-    assert asked.pop() == (
-        ("Qwen/Qwen2-VL-2B-Instruct",),
-        {"allow_patterns": ["*.safetensors", "*.json"]},
-    )
-    assert (
-        find_folder("Qwen/Qwen2-VL-2B-Instruct", weights=False) == tmp_path
-    )  # enough for --dry-run
-    assert asked.pop()[1] == {"allow_patterns": ["*.json"]}
+    assert asked.pop() == ("Qwen/Qwen2-VL-2B-Instruct", list(files[:4]))
+    assert find_folder("Qwen/Qwen2-VL-2B-Instruct", weights=False) == tmp_path
+    assert asked.pop() == ("Qwen/Qwen2-VL-2B-Instruct", list(files[:3]))  # enough for --dry-run
 
 
 def test_offline_mode_finds_an_earlier_download(monkeypatch, tmp_path):
@@ -418,7 +440,19 @@ def test_offline_mode_finds_an_earlier_download(monkeypatch, tmp_path):
     (repository / "snapshots" / commit / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert find_folder("someone/small") == repository / "snapshots" / commit
+    directory = repository / "snapshots" / commit
+    assert find_folder("someone/small", weights=False) == directory
+    with pytest.raises(FileNotFoundError, match=r"lacks model.safetensors: run again with network"):
+        find_folder("someone/small")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model-1.safetensors").write_bytes(b"")
+    with pytest.raises(
+        FileNotFoundError, match=r"incomplete: it lacks model-2.safetensors \(1 of 2"
+    ):
+        find_folder("someone/small")
+    (directory / "model-2.safetensors").write_bytes(b"")
+    assert find_folder("someone/small") == directory
 
 
 def test_folders_that_are_no_checkpoints_are_named(tmp_path):
@@ -432,7 +466,7 @@ def test_folders_that_are_no_checkpoints_are_named(tmp_path):
         ValueError, match=r"config.json should hold a JSON object, but holds a list"
     ):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is a file; expected a checkpoint folder"):
+    with pytest.raises(FileNotFoundError, match="is a file; expected a checkpoint directory"):
         find_folder(tmp_path / "config.json")
 
 
