@@ -514,6 +514,14 @@ def check_not_quantized(folder: Path, names: list[str]) -> None:
             raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
 
 
+def described(folder: Path) -> str:
+    """Return "Qwen2-VL", and the architecture in config.json if that is another (a reward model for example)."""
+    architectures = read_json(folder, "config.json").get("architectures")
+    if not architectures or "Qwen2VLForConditionalGeneration" in architectures:
+        return "Qwen2-VL"
+    return f"Qwen2-VL (architectures is {architectures!s:.80})"
+
+
 def check_tensors(
     folder: Path, expected: dict[str, list[int]], stored: dict[str, StoredTensor]
 ) -> None:
@@ -534,7 +542,7 @@ def check_tensors(
     if missing:
         problems.append(f"{len(missing)} missing: {first_few(missing)}")
     if unknown:
-        problems.append(f"{len(unknown)} not part of Qwen2-VL: {first_few(unknown)}")
+        problems.append(f"{len(unknown)} not part of {described(folder)}: {first_few(unknown)}")
     if misshapen:
         problems.append(f"{len(misshapen)} of another shape: {first_few(misshapen)}")
     if integers:
