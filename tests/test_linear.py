@@ -1,5 +1,7 @@
 """The CPU's linear layers: every kernel gives the plain product, and fewer bits cost no more than they must."""
 
+import subprocess
+import sys
 import types
 
 import helpers
@@ -58,10 +60,14 @@ def test_every_dtype_and_number_of_rows_gives_the_plain_product(dtype, shape, bi
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_a_processor_without_half_products_widens_many_rows_and_no_fewer(dtype, monkeypatch):
     widened = []
+
+    def watched(x, *more):
+        if x.dtype == torch.float32:
+            widened.append(len(x))
+        return F.linear(x, *more)
+
     monkeypatch.setattr(linear, "has_half_products", lambda dtype: False)
-    monkeypatch.setattr(
-        linear, "onednn_float32", lambda x, *more: widened.append(len(x)) or F.linear(x, *more)
-    )
+    monkeypatch.setattr(linear, "onednn_linear", watched)
     plain = layer(48, 37, dtype=dtype)
     with torch.no_grad():
         for rows in (1, 2, MANY - 1, MANY, 100):
@@ -75,28 +81,72 @@ def test_a_processor_without_half_products_widens_many_rows_and_no_fewer(dtype, 
     assert widened == [MANY, 100]
 
 
-def test_a_row_alone_is_multiplied_without_onednn_which_is_on_again_after(monkeypatch):
-    seen, multiply = [], F.linear
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_product_never_changes_the_onednn_switch(dtype, enabled, monkeypatch):
+    during, multiply = [], F.linear
 
     def watched(*arguments):
-        seen.append(torch.backends.mkldnn.enabled)
+        during.append(torch.backends.mkldnn.enabled)
         return multiply(*arguments)
 
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     monkeypatch.setattr(F, "linear", watched)
-    x, weight = torch.randn(2, 48).bfloat16(), torch.randn(37, 48).bfloat16()
-    linear.product(x, weight)
-    linear.product(x[:1], weight)
-    assert seen == [True, False]
-    assert torch.backends.mkldnn.enabled
-    with pytest.raises(RuntimeError, match="shape"):
-        linear.product(x[:1, :5], weight)
-    assert torch.backends.mkldnn.enabled
+    for rows in (1, 2, MANY):
+        x, weight = torch.randn(rows, 48).to(dtype), torch.randn(37, 48).to(dtype)
+        expected = multiply(x.double(), weight.double())
+        assert error(linear.product(x, weight), expected) < LIMITS[dtype]
+    assert set(during) <= {enabled}
+    assert torch.backends.mkldnn.enabled == enabled
 
 
-def test_where_onednn_is_off_it_stays_off(monkeypatch):
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    linear.product(torch.randn(1, 48).bfloat16(), torch.randn(37, 48).bfloat16())
-    assert not torch.backends.mkldnn.enabled
+THREADS = """
+import sys, threading
+import torch
+from extras import linear
+from generate import TINY, Sampling, generate
+from load_weights import load_model
+from preprocess import Processor
+
+dtype, native = getattr(torch, sys.argv[1]), sys.argv[2] == "native"
+if native:
+    linear.prefer_pytorch_gemv()
+sys.setswitchinterval(1e-6)  # threads change places at every chance
+model, processor = load_model(TINY, "cpu", dtype), Processor.from_pretrained(TINY)
+image = {"type": "image", "image": "examples/shapes.png"}
+texts = ["How many shapes are there?", "Which colour?", "What is this?", "Describe it."]
+contents = [[image, {"type": "text", "text": text}] for text in texts]
+batches = [processor([{"role": "user", "content": content}]) for content in contents]
+expected = [generate(model, batch, 12, Sampling()) for batch in batches]
+enabled, wrong = torch.backends.mkldnn.enabled, []
+
+def work(first):
+    try:
+        for turn in range(4):
+            number = (first + turn) % len(batches)
+            if generate(model, batches[number], 12, Sampling()) != expected[number]:
+                wrong.append(number)
+    except BaseException as error:
+        wrong.append(repr(error))
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(int(sys.argv[3]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert torch.backends.mkldnn.enabled == enabled
+sys.exit(repr(wrong) if wrong else 0)
+"""
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("kernel", ["default", "native"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_threads_with_one_model_answer_as_one_thread_does(dtype, kernel, threads):
+    """In a process of its own, as an illegal instruction would end this one."""
+    line = [sys.executable, "-c", THREADS, dtype, kernel, str(threads)]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=TINY.parent.parent)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_int4_is_refused_where_it_has_no_kernel():
