@@ -602,27 +602,55 @@ class VisionTransformer(nn.Module):
 
 # --------------------------------------------------------------------------------------------------- decoder
 class KVCache:
-    """Keys and values of all tokens so far, in memory that is allocated once, and where each row goes on."""
+    """Keys and values of all tokens so far, and the next position of each sequence.
 
-    def __init__(self, config: Config, rows: int, max_length: int,
-                 device: torch.device | None = None, dtype: torch.dtype | None = None):  # fmt: skip
+    Memory is allocated for `capacity` tokens, by default all of max_length, and doubled when that is full.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        rows: int,
+        max_length: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        capacity: int | None = None,
+    ):
+        self.max_length = max_length
+        self.length = 0  # tokens stored, padding included: the same for all sequences
         shape = (
             config.num_hidden_layers,
             rows,
             config.num_key_value_heads,
-            max_length,
+            max_length if capacity is None else capacity,
             config.head_dim,
         )
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.max_length = max_length
-        self.length = 0  # tokens stored, padding included: the same for all rows
-        self.next_position = torch.zeros(
-            rows, 1, dtype=torch.long, device=device
-        )  # [B, 1], differs by row
+        self.next_position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1]
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens there is memory for."""
+        return self.keys.shape[3]
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` tokens in all. Raises ValueError for more than max_length."""
+        if length > self.max_length:
+            raise ValueError(f"the KV cache holds {self.max_length} tokens, {length} are needed")
+        if length <= self.capacity:
+            return
+        capacity = min(self.max_length, max(length, 2 * self.capacity))
+        shape = (*self.keys.shape[:3], capacity, self.keys.shape[4])
+        keys = self.keys.new_empty(shape)
+        values = self.values.new_empty(shape)
+        keys[..., : self.length, :] = self.keys[..., : self.length, :]
+        values[..., : self.length, :] = self.values[..., : self.length, :]
+        self.keys = keys
+        self.values = values
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores a layer's new k, v [B, G, S, D]; returns all of them so far, [B, G, K, D], as views."""
+        """Store a layer's new k, v [B, G, S, D]; return all of them so far, [B, G, K, D], as views."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -727,8 +755,8 @@ class Decoder(nn.Module):
         """x [B, S, C], position_ids [3, B, S], attention_mask [B, K] → [B, S, C]."""
         rows, new = x.shape[:2]
         total = new if cache is None else cache.length + new
-        if cache is not None and total > cache.max_length:
-            raise ValueError(f"the KV cache holds {cache.max_length} tokens, {total} are needed")
+        if cache is not None:
+            cache.reserve(total)
         if attention_mask is not None and attention_mask.shape != (rows, total):
             raise ValueError(
                 f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}"

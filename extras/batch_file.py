@@ -32,7 +32,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from generate import Sampling, end_ids, stream
+from extras import command_line
+from generate import Sampling, end_ids, new_token_limits, stream
 from preprocess import Processor
 from qwen2vl import Qwen2VL
 from tokenizer import content_items, content_kind
@@ -61,12 +62,13 @@ def run(
     """Answers each line of `arguments.batch` that has no answer in `arguments.out` yet; says how many on stderr.
 
     A line that cannot be asked becomes an error record. Raises ValueError or OSError with one sentence for files and
-    options that do not fit; what goes wrong inside the model is raised as it is.
+    options that do not fit. What goes wrong with one conversation costs only its own record.
     """
     check(arguments)
     done, total = resume(arguments.batch, arguments.out)
     written = {"answer": 0, "error": 0}
     with (
+        command_line.naming(arguments.out),
         open(
             arguments.out, "a", encoding="utf-8", errors="backslashreplace", newline="\n"
         ) as file,  # for surrogates
@@ -256,15 +258,44 @@ def answers(
     sampling: Sampling,
     group: list[Question],
 ) -> Iterator[dict]:
-    """The records of a group, each as soon as its answer has ended."""
+    """Yield the records of a group, each as soon as its answer has ended.
+
+    Where memory does not suffice for the group, or one of it has scores that are not finite, those without an
+    answer are asked again one by one, and only the cause becomes an error record.
+    """
+    waiting = {question.record["line"]: question for question in group}
+    try:
+        for record in group_answers(arguments, model, processor, sampling, group):
+            del waiting[record["line"]]
+            yield record
+        return
+    except Exception as error:
+        sentence = command_line.error_sentence(error)
+        if sentence is None:
+            raise
+    if len(group) == 1:
+        yield group[0].record | {"error": sentence}
+        return
+    for question in waiting.values():
+        yield from answers(arguments, model, processor, sampling, [question])
+
+
+def group_answers(
+    arguments: argparse.Namespace,
+    model: Qwen2VL,
+    processor: Processor,
+    sampling: Sampling,
+    group: list[Question],
+) -> Iterator[dict]:
+    """Yield the records of conversations that are answered together. Raises what `stream` raises."""
     ends = end_ids(model)
     if sampling.seed is not None:
-        sampling = replace(
-            sampling, seed=[sampling.seed + question.record["line"] - 1 for question in group]
-        )
+        seeds = [sampling.seed + question.record["line"] - 1 for question in group]
+        sampling = replace(sampling, seed=seeds)
     batch = processor(
         [question.messages for question in group], add_vision_id=arguments.add_vision_id
     )
+    limits = new_token_limits(model, batch, arguments.max_new_tokens)
 
     def record(question: Question, ids: list[int]) -> dict:
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
@@ -275,6 +306,5 @@ def answers(
     for step in stream(model, batch, arguments.max_new_tokens, sampling):
         for row in list(running):
             running[row].append(step[row])
-            if step[row] in ends:
+            if step[row] in ends or len(running[row]) == limits[row]:
                 yield record(group[row], running.pop(row))
-    yield from (record(group[row], ids) for row, ids in running.items())

@@ -17,14 +17,13 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import torch
-
 from extras import command_line
-from generate import Sampling, stream
+from generate import Sampling, new_cache, new_token_limits, stream
 from preprocess import Batch, Media, Processor
 from qwen2vl import KVCache, Qwen2VL
 from tokenizer import StreamDecoder, content_items, content_kind
@@ -44,9 +43,14 @@ class Chat:
     """A conversation, and what the model has computed of it."""
 
     def __init__(
-        self, model: Qwen2VL, processor: Processor, sampling: Sampling | None = None, max_new_tokens: int = 128,
+        self,
+        model: Qwen2VL,
+        processor: Processor,
+        sampling: Sampling | None = None,
+        max_new_tokens: int | None = None,
         add_vision_id: bool = False,
-    ):  # fmt: skip
+    ):
+        """max_new_tokens: of an answer; None: what `generate.new_token_limit` gives."""
         self.model, self.processor, self.sampling = model, processor, sampling
         self.max_new_tokens, self.add_vision_id = max_new_tokens, add_vision_id
         self.messages: list[
@@ -81,13 +85,14 @@ class Chat:
 
         Closing the iterator ends the answer, and what there is of it stands in the conversation. If anything else
         breaks it off, the question is withdrawn: messages and waiting are as before. Raises ValueError for a text
-        that is not valid Unicode.
+        that is not valid Unicode, and what `generate_steps` raises.
         """
         question = {"role": "user", "content": [*self.waiting, {"type": "text", "text": text}]}
         batch = self.processor([*self.messages, question], add_vision_id=self.add_vision_id)
         ids, answer = batch.input_ids[0].tolist(), []
         try:
-            kept = self._keep(ids)
+            [limit] = new_token_limits(self.model, batch, self.max_new_tokens)
+            kept = self._keep(ids, limit)
             self._leave_out_media(batch, kept)
             self.ran = replace(batch, input_ids=batch.input_ids[:, kept:])
             with contextlib.suppress(
@@ -105,9 +110,12 @@ class Chat:
             self.forget()
             raise
 
-    def _keep(self, ids: list[int]) -> int:
-        """Cuts the cache back to what it shares with ids, makes room for all and the answer; gives its new length."""
-        config, weight = self.model.config, self.model.model.norm.weight
+    def _keep(self, ids: list[int], new_tokens: int) -> int:
+        """Cut the cache back to what it shares with ids, and return that length.
+
+        The cache may then hold ids and new_tokens more; its memory grows in the forward pass.
+        """
+        config = self.model.config
         if config.rope_type in ("dynamic", "longrope"):
             from extras import rope_types
 
@@ -115,20 +123,14 @@ class Chat:
                 self.forget()  # beyond that length all angles change with it, those of the cached keys as well
         most = min(len(ids) - 1, len(self.cached_ids))
         kept = next((i for i in range(most) if ids[i] != self.cached_ids[i]), most)
-        old, room = self.cache, len(ids) + self.max_new_tokens
-        if old is None:
-            self.cache = KVCache(config, 1, room, weight.device, weight.dtype)
+        if self.cache is None:
+            self.cache = new_cache(self.model, 1, len(ids), new_tokens)
             return kept
-        if old.max_length < room:
-            self.cache = KVCache(
-                config, 1, max(room, 2 * old.max_length), weight.device, weight.dtype
-            )
-            self.cache.keys[..., :kept, :] = old.keys[..., :kept, :]
-            self.cache.values[..., :kept, :] = old.values[..., :kept, :]
-        self.cache.next_position = old.next_position - (
-            old.length - kept
-        )  # what is cut is words: one step each
-        self.cache.length = kept
+        cache = self.cache
+        # No less than twice the capacity, so that the memory doubles and is not enlarged in every turn.
+        cache.max_length = max(cache.max_length, len(ids) + new_tokens, 2 * cache.capacity)
+        cache.next_position = cache.next_position - (cache.length - kept)  # text: one step each
+        cache.length = kept
         return kept
 
     def _leave_out_media(self, batch: Batch, kept: int) -> None:
@@ -204,6 +206,8 @@ def run(
                 question = item["text"]
             else:
                 say(chat.add(item).summary(processor.image_config))
+    if sys.stdin is None or sys.stdin.closed:
+        raise ValueError("stdin is closed, expected the questions of --chat")
     if terminal := sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() editing and a history; not on Windows
@@ -232,20 +236,25 @@ def run(
             )
         except BrokenPipeError:  # nobody reads the answers any more
             raise
-        except (OSError, ValueError, torch.OutOfMemoryError) as error:
-            print(error, file=sys.stderr, flush=True)
+        except Exception as error:
+            sentence = command_line.error_sentence(error)
+            if sentence is None:
+                raise
+            print(sentence, file=sys.stderr, flush=True)
         question = None
 
 
 def read_line(chat: Chat, prompted: bool) -> str:
-    """The next line; the prompt shows what is waiting. Raises EOFError at the end."""
+    """Return the next line; the prompt shows what is waiting. Raises EOFError at the end."""
     waiting = ", ".join(item["type"] for item in chat.waiting)
     prompt = f"[{waiting}] > " if waiting else "> "
     if prompted and sys.stdout.isatty():
-        return input(prompt)  # readline must know the prompt, to draw the line again
-    if prompted:  # input() would write the prompt between the answers
-        print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+        line = input(prompt)  # readline must know the prompt, to draw the line again
+    else:
+        if prompted:  # input() would write the prompt between the answers
+            print(prompt, end="", file=sys.stderr, flush=True)
+        line = input()
+    return command_line.recover_utf8(line, getattr(sys.stdin, "encoding", None) or "utf-8")
 
 
 def obey(
@@ -302,12 +311,12 @@ def answer(chat: Chat, question: str, say: Callable[[str], None]) -> None:
         with counted_interrupts() as presses, contextlib.closing(chat.ask(question)) as ids:
             for id in ids:
                 times.append(time.perf_counter())
-                print(words.push(id), end="", flush=True)
+                command_line.put(words.push(id))
                 if presses:
                     break
     finally:
         if len(times) > 1:
-            print(words.finish(), flush=True)
+            command_line.put(words.finish(), end="\n")
     say(
         f"{command_line.spent(chat.model, chat.ran, times)}; {len(chat.cached_ids)} tokens in the cache"
     )
@@ -323,6 +332,9 @@ def counted_interrupts() -> Iterator[list[int]]:
         if len(presses) > 1:
             raise KeyboardInterrupt
 
+    if threading.current_thread() is not threading.main_thread():
+        yield presses  # only the main thread gets signals, and may handle them
+        return
     before = signal.signal(signal.SIGINT, press)
     try:
         yield presses

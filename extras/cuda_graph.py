@@ -7,7 +7,7 @@ by tensors. `qwen2vl.py`'s layers serve as they are.
 
 On a CPU the same step runs without being recorded: that is how the tests compare it with the plain one.
 
-Shapes as in `qwen2vl.py`; L places of the cache (max_length).
+Shapes as in `qwen2vl.py`; L places of the cache (its capacity).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class Step:
             None,
             device.type == "cuda",
         )
+        self.keys = (
+            cache.keys
+        )  # a cache that has grown since has other memory, and needs another step
         for stored in (
             cache.keys,
             cache.values,
@@ -45,9 +48,9 @@ class Step:
             rows, dtype=torch.long, device=device
         )  # of the new tokens, on all three axes
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # where in the cache they go
-        self.visible = torch.zeros(rows, 1, 1, cache.max_length, dtype=torch.bool, device=device)
+        self.visible = torch.zeros(rows, 1, 1, cache.capacity, dtype=torch.bool, device=device)
         # No token is further on than there are tokens before it, so L rows of angles are enough.
-        positions = torch.arange(cache.max_length, device=device).expand(3, 1, -1)
+        positions = torch.arange(cache.capacity, device=device).expand(3, 1, -1)
         self.angles = multimodal_rotary(
             model.config, positions, like=model.model.norm.weight
         )  # two of [1, 1, L, D]
@@ -133,14 +136,14 @@ def forward(
     """`Qwen2VL.forward`. steps: the one of the last cache, so that a new cache lets go of the old one."""
     new_only = input_ids.shape[1] == 1 and position_ids is None
     fits = (
-        cache is not None and cache.length < cache.max_length
-    )  # a full cache is named by the plain way
+        cache is not None and cache.length < cache.capacity
+    )  # without the graph a full cache grows, or is an error
     if (
         not (new_only and fits)
         or more.get("pixel_values") is not None
         or more.get("pixel_values_videos") is not None
     ):
         return Qwen2VL.forward(model, input_ids, attention_mask, position_ids, cache, **more)
-    if not steps or steps[0].cache is not cache:
+    if not steps or steps[0].cache is not cache or steps[0].keys is not cache.keys:
         steps[:] = [Step(model, cache)]
     return steps[0](input_ids, attention_mask)

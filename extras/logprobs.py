@@ -1,9 +1,8 @@
 """How sure the model was: the probability of each token of an answer, and what it might have said instead.
 
-    watch = Watch(model)
-    with watch:
-        for (token,) in stream(model, batch):
-            watch.chosen(token)
+    watch = Watch()
+    for step in generate_steps(model, batch):
+        watch.chosen(step.tokens[0], step.logits[0])
     print(*watch.table(tokenizer), sep="\n")
 
 The probabilities are the model's own, the softmax of its raw logits in float32 (float64 for a float64 model): before
@@ -17,9 +16,9 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from qwen2vl import Qwen2VL, at_least_float32
+from qwen2vl import at_least_float32
 from tokenizer import BYTE_OF, Tokenizer
 
 WIDTH = 110  # of the table, in columns of the terminal
@@ -37,39 +36,21 @@ class Step(NamedTuple):
 
 
 class Watch:
-    """Keeps the log-probabilities of one conversation's tokens while they are generated, in `steps`.
+    """Keeps the log-probabilities of one conversation's tokens, in `steps`."""
 
-    A forward hook on `lm_head`, there inside `with` only, sees the logits of each step. It holds one row of them,
-    until `chosen` says which token was taken, and changes nothing.
-    """
-
-    def __init__(self, model: Qwen2VL, runners_up: int = 4):
+    def __init__(self, runners_up: int = 4):
         if runners_up < 0:
             raise ValueError(f"runners_up is {runners_up}, expected 0 or more")
         self.steps: list[Step] = []
-        self._model, self._runners_up = model, runners_up
-        self._logits: Tensor | None = None  # [V], of the step whose token is not known yet
+        self._runners_up = runners_up
 
-    def __enter__(self) -> Watch:
-        self._hook = self._model.lm_head.register_forward_hook(self._keep)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._hook.remove()
-        self._logits = None
-
-    def _keep(self, _module: nn.Module, _inputs: tuple, logits: Tensor) -> None:
-        if len(logits) != 1:
+    def chosen(self, token: int, logits: Tensor) -> None:
+        """Record the token that was chosen from logits [V]. Raises ValueError for those of several sequences."""
+        if logits.ndim != 1:
             raise ValueError(
-                f"log-probabilities are kept for one conversation, but the batch has {len(logits)}"
+                f"expected the logits [V] of one conversation, got {list(logits.shape)}"
             )
-        self._logits = logits.detach()[0, -1]
-
-    def chosen(self, token: int) -> None:
-        """Takes down the token that was made of the logits last seen. Raises RuntimeError if there are none."""
-        if self._logits is None:
-            raise RuntimeError("the model has not been run inside `with` since the last token")
-        logprobs, self._logits = at_least_float32(self._logits).log_softmax(-1), None
+        logprobs = at_least_float32(logits).log_softmax(-1)
         best = logprobs.topk(min(self._runners_up + 1, len(logprobs)))
         others = [
             pair

@@ -275,13 +275,75 @@ def test_bytes_that_are_no_utf_8_and_words_that_utf_8_cannot_write(place, tiny):
     assert "ü" in place.out.read_text(encoding="utf-8")
 
 
-def test_what_goes_wrong_inside_the_model_is_raised(place, tiny, monkeypatch):
-    def fails(*_):
-        raise torch.OutOfMemoryError("too much")
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("too much"), "out of memory (too much): lower --max-pixels"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (MemoryError(), "out of memory: lower"),
+        (generate.NotFiniteError("the scores are not finite"), "the scores are not finite"),
+    ],
+    ids=str,
+)
+def test_what_breaks_one_conversation_costs_only_its_own_record(
+    error, sentence, place, tiny, monkeypatch
+):
+    """The others of its group are answered as ever, also where it breaks after some have ended."""
+    expected = {record["line"]: record for record in place.write(MIXED).run(tiny)}
+    culprit = PROCESSOR(conversation(MIXED[2])).input_ids.shape[1]
+    stream, place.out = generate.stream, place.out.with_name("broken.jsonl")
+
+    def fails(model, batch, *more):
+        steps = stream(model, batch, *more)
+        if culprit not in batch.attention_mask.sum(1):
+            return steps
+        return broken(steps)
+
+    def broken(steps):
+        yield next(steps)
+        yield next(steps)
+        raise error
 
     monkeypatch.setattr(batch_file, "stream", fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    lengths = [PROCESSOR(conversation(line)).input_ids.shape[1] for line in MIXED]
+    for record in place.run(tiny, "--batch-size", len(MIXED)):
+        if lengths[record["line"] - 1] == culprit:
+            assert record["error"].startswith(sentence)
+        else:
+            assert record == expected[record["line"]]
+
+
+def test_an_error_of_the_program_itself_is_raised(place, tiny, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(batch_file, "stream", fails)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
         place.write(MIXED).run(tiny)
+
+
+def test_a_limit_that_counts_the_prompt_is_the_same_in_a_group_as_alone(
+    place, random_model, monkeypatch
+):
+    """The shorter of two prompts may have the longer answer; a prompt beyond the limit is an error of its own."""
+    settings = {"eos_token_id": [], "pad_token_id": 0, "max_length": 60}
+    monkeypatch.setattr(random_model, "generation_config", settings)
+    lines = [ask("What?"), ask("How many of them are there in all, on the left side?"), MIXED[2]]
+    arguments = parse_arguments(place.write(lines).options("--quiet"))
+    arguments.max_new_tokens = None
+    batch_file.run(arguments, random_model, PROCESSOR, GREEDY)
+    together = place.records()
+    arguments.out = str(place.out.with_name("alone.jsonl"))
+    arguments.batch_size = 1
+    batch_file.run(arguments, random_model, PROCESSOR, GREEDY)
+    place.out = place.out.with_name("alone.jsonl")
+    assert together == place.records()
+    assert sum("error" in record for record in together) == 1
+    for record in together:
+        if "error" in record:
+            assert "max_length is 60" in record["error"]
+        else:
+            assert record["tokens_in"] + record["tokens_out"] == 60
 
 
 # ------------------------------------------------------------------------------------------------------ resuming

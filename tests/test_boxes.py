@@ -284,7 +284,8 @@ def test_an_answer_is_said_in_pixels_and_drawn(monkeypatch, tmp_path, capsys):
     tokens = Tokenizer.from_pretrained(TINY).encode(
         ANSWER + "<|im_end|>"
     )  # the bundled model has not learned boxes
-    monkeypatch.setattr(generate, "stream", lambda *_: ([token] for token in tokens))
+    steps = [generate.Step([token], None) for token in tokens]
+    monkeypatch.setattr(generate, "generate_steps", lambda *_: iter(steps))
     assert generate.main(["--image", str(PICTURE), "--draw", str(tmp_path / "out.png")]) == 0
     out, err = capsys.readouterr()
     assert out == "the red circle(120,340),(560,780)\n"

@@ -7,8 +7,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing, suppress
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -217,20 +217,25 @@ def test_a_turn_that_breaks_is_withdrawn(step):
     assert answer == expected
 
 
+@pytest.mark.filterwarnings("ignore:the conversation has reached")
 def test_the_cache_grows_by_doubling(monkeypatch):
-    made = []
-
-    class Recording(chat_module.KVCache):
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self.max_length)
-
-    monkeypatch.setattr(chat_module, "KVCache", Recording)
-    chat = Chat(model_of(), PROCESSOR, Sampling(), 8)
+    monkeypatch.setattr(command, "ROOM", 1)
+    chat, capacities = Chat(model_of(), PROCESSOR, Sampling(), 8), []
     for _ in range(20):
-        list(chat.ask("And then, what?"))
+        answer, expected = turn(chat, "And then, what?")
+        assert answer == expected
+        if chat.cache.capacity not in capacities:
+            capacities.append(chat.cache.capacity)
     assert len(chat.cached_ids) > 500
-    assert all(new >= 2 * old for old, new in pairwise(made))
+    assert 3 < len(capacities) < 10
+    assert capacities == sorted(capacities)
+
+
+def test_a_huge_max_new_tokens_costs_a_chat_no_memory():
+    chat = Chat(model_of(), PROCESSOR, Sampling(), 10**12)
+    with closing(chat.ask("What?")) as ids:
+        next(ids)
+    assert chat.cache.capacity < 2000
 
 
 def test_reset_leaves_the_system_message_alone():
@@ -300,7 +305,90 @@ def test_running_out_of_memory_ends_the_answer_alone(talk, monkeypatch):
 
     monkeypatch.setattr(chat_module, "stream", fail_once)
     said = talk("/image shapes.png", "How many shapes are there?", "How many shapes are there?")
-    assert said == ("Four.\n", "out of memory\n")
+    assert said.out == "Four.\n"
+    assert said.err.startswith("out of memory (out of memory): lower --max-pixels")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        command.NotFiniteError("the scores are not finite"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("Unable to allocate 9 TiB"),
+    ],
+    ids=str,
+)
+def test_the_conversation_is_kept_when_an_answer_fails(error, monkeypatch, capsys):
+    """The turn that fails is withdrawn with its question; what was said before stays."""
+    chat, stream = Chat(model_of(), PROCESSOR, Sampling(), 4), chat_module.stream
+    list(chat.ask("What?"))
+    before = list(chat.messages)
+
+    def fails(*arguments):
+        yield next(stream(*arguments))
+        raise error
+
+    monkeypatch.setattr(chat_module, "stream", fails)
+    with pytest.raises(type(error)):
+        list(chat.ask("And now?"))
+    monkeypatch.setattr(chat_module, "stream", stream)
+    assert chat.messages == before
+    answer, expected = turn(chat, "And now?")
+    assert answer == expected
+
+
+def test_an_error_of_the_program_itself_ends_the_chat(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(chat_module, "stream", fail)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        command.main(["--chat", "--quiet"])
+
+
+def test_a_closed_stdin_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert command.main(["--chat", "--quiet"]) == 2
+    assert capsys.readouterr().err == (
+        "generate.py: stdin is closed, expected the questions of --chat\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
+def test_bytes_that_stdin_cannot_decode_end_no_chat(encoding, tmp_path):
+    """UTF-8 is read in any locale; bytes that are none are one sentence."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    line = [sys.executable, str(ROOT / "generate.py"), "--chat", "--quiet", "--max-new-tokens", "2"]
+    asked = "é?\n".encode() + b"\xff\xfe?\n" + f"/save {tmp_path}/talk.json\n".encode()
+    done = subprocess.run(line, input=asked, capture_output=True, env=environment)
+    assert done.returncode == 0
+    refused = encoding != "latin-1"  # where every byte is a character
+    assert (done.stderr.count(b"\n"), b"not a valid Unicode" in done.stderr) == (refused, refused)
+    messages = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))["messages"]
+    assert len(messages) == (2 if refused else 4)
+    text = messages[0]["content"][0]["text"]
+    assert text == ("é?" if refused else "é?".encode().decode("latin-1"))
+
+
+def test_a_chat_may_run_in_a_thread_of_its_own():
+    """Signals are the main thread's: there is no handler to set, and no need for one."""
+    errors = []
+
+    def work():
+        try:
+            with chat_module.counted_interrupts() as presses:
+                assert presses == []
+        except BaseException as error:
+            errors.append(error)
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_was_saved_is_the_conversation(talk):

@@ -116,6 +116,19 @@ def test_a_full_cache_is_named():
         decode(model, cache, mask, ids)
 
 
+@torch.no_grad()
+def test_a_cache_that_has_grown_gets_another_step():
+    config, found = SHAPES["plain"], []
+    ids = torch.randint(5, 60, (9, 1, 1))
+    for model in pair("plain"):
+        inputs = make_batch([random_row(config, [5])])
+        cache = KVCache(model.config, 1, 30, capacity=6)
+        model(cache=cache, **inputs)
+        found.append(torch.cat([model(input_ids=step, cache=cache) for step in ids]))
+        assert cache.capacity == 24
+    assert (found[1] - found[0]).abs().max() < 1e-5
+
+
 def test_on_a_cpu_it_says_that_nothing_is_recorded():
     with pytest.warns(
         UserWarning, match="CUDA graph: the model is on cpu, its steps are computed without one"

@@ -80,7 +80,7 @@ def test_counts_equal_those_of_the_run(kind, clip, capsys, monkeypatch):
     options = [*options[kind], "--prompt", "How many shapes?", "--max-new-tokens", "3"]
     text = printed(capsys, *options, "--device", "cpu")
 
-    caches, batches, stream = [], [], generate.stream
+    caches, batches, steps = [], [], generate.generate_steps
 
     class Recording(KVCache):
         def __init__(self, *arguments):
@@ -89,14 +89,14 @@ def test_counts_equal_those_of_the_run(kind, clip, capsys, monkeypatch):
 
     def watching(model, batch, *more):
         batches.append((model, batch))
-        for step in stream(model, batch, *more):
+        for step in steps(model, batch, *more):
             caches[0].positions = getattr(
                 caches[0], "positions", int(caches[0].next_position)
             )  # of the prefill
             yield step
 
     monkeypatch.setattr(generate, "KVCache", Recording)
-    monkeypatch.setattr(generate, "stream", watching)
+    monkeypatch.setattr(generate, "generate_steps", watching)
     assert generate.main([*options, "--device", "cpu", "--quiet"]) == 0
     [(model, batch)], [cache] = batches, caches
 

@@ -1,6 +1,8 @@
 """`generate.py`: the same tokens as the reference and as a plain re-computation, and a command line that behaves."""
 
+import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import generate as command
-from extras import command_line
+from extras import command_line, debug_nan
 from generate import (
     Sampling,
     choose,
@@ -111,21 +113,52 @@ def test_vision_runs_once_and_only_the_last_position_is_scored():
     assert seen["layer"] == [batch.input_ids.shape[1]] + [1] * 9
 
 
-def test_cache_is_allocated_once(monkeypatch):
+def recording_cache(monkeypatch):
+    """The caches that a generation makes."""
     made = []
 
     class Recording(command.KVCache):
         def __init__(self, *args):
             super().__init__(*args)
-            made.append((self, self.keys.data_ptr(), self.values.data_ptr()))
+            made.append(self)
+            self.allocated = [self.capacity]
+
+        def reserve(self, length):
+            super().reserve(length)
+            if self.capacity != self.allocated[-1]:
+                self.allocated.append(self.capacity)
 
     monkeypatch.setattr(command, "KVCache", Recording)
+    return made
+
+
+def test_cache_is_allocated_once(monkeypatch):
+    made = recording_cache(monkeypatch)
     batch = batch_of(SHAPES["plain"])
     generate(model_of("plain"), batch, 12)
-    [(cache, keys, values)] = made
-    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == (keys, values)
-    assert cache.max_length == batch.input_ids.shape[1] + 12
-    assert cache.length == cache.max_length - 1  # the last token is never put through the model
+    [cache] = made
+    assert cache.allocated == [batch.input_ids.shape[1] + 12]
+    assert cache.length == cache.capacity - 1  # the last token is never put through the model
+
+
+def test_a_huge_max_new_tokens_allocates_what_is_used(monkeypatch):
+    made = recording_cache(monkeypatch)
+    batch, length = batch_of(SHAPES["plain"]), batch_of(SHAPES["plain"]).input_ids.shape[1]
+    expected = generate(model_of("plain"), batch, 12)
+    tokens = stream(model_of("plain"), batch, 10**12)
+    assert [next(tokens) for _ in range(12)] == [list(step) for step in zip(*expected, strict=True)]
+    assert made[1].allocated == [length + command.ROOM]
+    assert made[1].max_length == length + 10**12
+
+
+def test_a_cache_that_grows_changes_no_token(monkeypatch):
+    batch = batch_of(SHAPES["plain"])
+    expected = generate(model_of("plain"), batch, 40)
+    made = recording_cache(monkeypatch)
+    monkeypatch.setattr(command, "ROOM", 1)
+    assert generate(model_of("plain"), batch, 40) == expected
+    length = batch.input_ids.shape[1]
+    assert made[0].allocated == [length + 1, 2 * (length + 1), length + 40]
 
 
 # ---------------------------------------------------------------------------------------------------- ending
@@ -259,10 +292,11 @@ def test_sampled_tokens_equal_a_plain_recomputation(sampling):
         draw = torch.Generator().manual_seed((sampling.seed or 0) + number)
         for position, token in enumerate(row):
             logits = without_cache(model, batch, number, row[:position]).double()
+            real = batch.attention_mask[number].astype(bool)
             for seen in {
-                *batch.input_ids[number].tolist(),
+                *batch.input_ids[number, real].tolist(),
                 *row[:position],
-            }:  # vision and pad ids included
+            }:  # special tokens included, padding not
                 logits[seen] *= (
                     sampling.repetition_penalty
                     if logits[seen] < 0
@@ -333,6 +367,226 @@ def test_impossible_settings_are_named(field, value):
         Sampling(**{field: value})
 
 
+# ------------------------------------------------------------------------------------- generation_config.json
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [{"temperature": 0}, {"temperature": 0.0}, {"temperature": "warm"}, {"top_p": 0}, {"top_p": 7},
+     {"top_k": None}, {"top_k": -1}, {"top_k": 2.5}, {"repetition_penalty": None},
+     {"repetition_penalty": 1}, {"do_sample": None, "temperature": float("nan")}],
+    ids=str,
+)  # fmt: skip
+def test_unused_values_of_generation_config_are_not_checked(unused):
+    assert Sampling.of_model(model_of("plain", **unused)) == Sampling()
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "expected"),
+    [
+        ({"temperature": 0}, {"temperature": 0.5}, Sampling(True, 0.5)),
+        ({"top_p": 0, "top_k": -3}, {"top_p": 0.9, "top_k": 4}, Sampling(True, 1.0, 4, 0.9)),
+        ({"temperature": 0.0}, {"do_sample": False, "temperature": 1.0}, Sampling()),
+        (
+            {"repetition_penalty": 0},
+            {"repetition_penalty": 1.5},
+            Sampling(True, repetition_penalty=1.5),
+        ),
+        ({"top_k": None, "top_p": None, "temperature": None}, {}, Sampling(True)),
+    ],
+)
+def test_options_replace_values_before_those_are_checked(settings, options, expected):
+    model = model_of("plain", do_sample=True, **settings)
+    assert Sampling.of_model(model, **options) == replace_do_sample(expected, options)
+
+
+def replace_do_sample(sampling, options):
+    return dataclasses.replace(sampling, do_sample=options.get("do_sample", True))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 0), ("temperature", 0.0), ("temperature", "0.7"), ("temperature", True),
+     ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.5), ("top_p", [0.9]), ("top_k", -1),
+     ("top_k", 2.5), ("repetition_penalty", 0), ("repetition_penalty", {})],
+)  # fmt: skip
+def test_a_used_value_that_is_invalid_names_file_field_and_option(name, value):
+    model = model_of("plain", do_sample=True, **{name: value})
+    with pytest.raises(ValueError, match=r"generation_config\.json") as caught:
+        Sampling.of_model(model)
+    assert f"{name} is {value!r}" in str(caught.value)
+    assert f"--{name.replace('_', '-')}" in str(caught.value)
+
+
+def test_the_number_of_new_tokens_comes_from_generation_config():
+    batch, length = batch_of(SHAPES["plain"], PARTS[:1]), 14
+    assert batch.input_ids.shape[1] == length
+    for fields, option, expected in (
+        ({"max_new_tokens": 5}, None, 5),
+        ({"max_new_tokens": 5}, 3, 3),
+        ({"max_new_tokens": 5, "max_length": 999}, None, 5),
+        ({"max_length": length + 4}, None, 4),
+        ({"max_length": 1}, 3, 3),
+        ({"max_new_tokens": "5"}, 3, 3),
+        ({"max_new_tokens": None, "max_length": None}, None, command.DEFAULT_NEW_TOKENS),
+    ):
+        [tokens] = generate(model_of("plain", **fields), batch, option)
+        assert len(tokens) == expected
+
+
+def test_max_length_counts_the_prompt_of_each_sequence_as_when_alone():
+    """As the reference has it for one sequence; padding does not count."""
+    config, parts = SHAPES["plain"], ([2, ("image", 2, 3), 4], [9])
+    model = model_of("plain", max_length=18, pad_token_id=7)
+    long, short = generate(model, batch_of(config, parts))
+    free = generate(model_of("plain", max_length=None), batch_of(config, parts), 9)
+    lengths = batch_of(config, parts).attention_mask.sum(1)
+    for row, tokens in enumerate((long, short)):
+        assert tokens[: 18 - lengths[row]] == free[row][: 18 - lengths[row]]
+        assert set(tokens[18 - lengths[row] :]) <= {7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"max_length": 14}, {"max_length": 0}, {"max_new_tokens": 0}, {"max_new_tokens": -1},
+     {"max_new_tokens": "128"}, {"max_new_tokens": 1.5}, {"max_length": True}, {"max_length": []}],
+    ids=str,
+)  # fmt: skip
+def test_an_unusable_number_of_new_tokens_is_named(settings):
+    [name] = settings
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {name} is .*--max-new-tokens"):
+        generate(model_of("plain", **settings), batch_of(SHAPES["plain"], PARTS[:1]))
+
+
+def test_end_and_pad_ids_may_be_null_numbers_or_lists():
+    config = SHAPES["plain"]
+    free = generate(model_of("plain"), batch_of(config), 20)
+    model = model_of("plain", eos_token_id=None, pad_token_id=None)
+    model.config.eos_token_id = free[0][3]  # null is as if it were not there
+    assert command.end_ids(model) == {free[0][3]}
+    assert command.pad_id(model) == free[0][3]
+    rows = generate(model, batch_of(config), 20)
+    stop = free[0].index(free[0][3]) + 1
+    assert rows[0] == free[0][:stop] + [free[0][3]] * (len(rows[0]) - stop)
+    assert command.pad_id(model_of("plain", pad_token_id=[9, 8])) == 9
+    assert command.pad_id(model_of("plain", pad_token_id=-1, eos_token_id=6)) == 6
+    assert command.end_ids(model_of("plain", eos_token_id=[3, None, 5])) == {3, 5}
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["<|im_end|>", ["<|im_end|>"], 1.5, True, {}, [[5]]])
+def test_ids_of_another_type_are_named(name, value):
+    with pytest.raises(
+        ValueError, match=rf"generation_config\.json: {name} is .*expected token ids"
+    ):
+        generate(model_of("plain", **{name: value}), batch_of(SHAPES["plain"]), 4)
+
+
+# --------------------------------------------------------------------------------------- said, and not silent
+
+
+def test_padding_is_no_repetition():
+    """A sequence beside a longer one answers as alone, though the pad token would be its most probable one."""
+    config, sampling = SHAPES["plain"], Sampling(repetition_penalty=5.0)
+    parts = ([9], [2, ("image", 2, 3), 4])
+    model = model_of("plain")
+    [alone] = generate(model, batch_of(config, parts[:1]), 12, sampling)
+    batch = batch_of(config, parts)
+    batch.input_ids[batch.attention_mask == 0] = alone[0]  # so that counting the padding shows
+    assert generate(model, batch, 12, sampling)[0] == alone
+
+
+def test_steps_beyond_the_trained_length_are_said_once(recwarn):
+    batch, model = batch_of(SHAPES["plain"], PARTS[1:2]), model_of("plain")
+    model.config.max_position_embeddings = 12
+    tokens = stream(model, batch, 30)
+    for _ in range(4):
+        next(tokens)
+    assert not recwarn.list
+    next(tokens)
+    assert "reached 13 positions" in str(recwarn.pop().message)
+    list(tokens)
+    assert not recwarn.list
+    model.config.max_position_embeddings = 5
+    with pytest.warns(UserWarning, match=r"reached 9 positions.*trained for 5 \(max_position_emb"):
+        generate(model, batch, 2)
+
+
+def test_a_scaled_rope_is_trained_for_more():
+    model = model_of("plain")
+    model.config.rope_scaling = model.config.rope_scaling | {"factor": 4.0}
+    assert command.trained_length(model.config) == 2048
+    model.config.rope_scaling["original_max_position_embeddings"] = 64
+    assert command.trained_length(model.config) == 512
+
+
+# ------------------------------------------------------------------------------------- scores that are no numbers
+
+
+def broken_model(name, value=float("nan")):
+    model = model_of("plain")
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(True, seed=1), Sampling(True, top_k=1)])
+@pytest.mark.parametrize("parts", [PARTS[:1], PARTS])
+def test_scores_that_are_not_finite_are_one_sentence(sampling, value, parts):
+    model = broken_model("model.norm.weight", value)
+    with pytest.raises(command.NotFiniteError, match=r"not finite in float32.*--debug-nan"):
+        generate(model, batch_of(SHAPES["plain"], parts), 4, sampling)
+
+
+def test_half_precision_is_advised_to_take_a_wider_dtype():
+    logits = torch.tensor([[1.0, float("inf")]])
+    with pytest.raises(command.NotFiniteError, match="in float16: try --dtype bfloat16 or float32"):
+        command.check_finite(logits.half(), {0})
+    with pytest.raises(command.NotFiniteError, match="in bfloat16: try --dtype float32"):
+        command.check_finite(logits.bfloat16(), {0})
+    command.check_finite(logits, set())  # a sequence that has ended does not count
+
+
+@pytest.mark.parametrize(
+    ("parameter", "layer"),
+    [
+        ("visual.blocks.0.mlp.fc1.bias", "visual.blocks.0.mlp.fc1"),
+        ("visual.patch_embed.proj.weight", "visual.patch_embed"),
+        ("model.layers.1.self_attn.v_proj.weight", "model.layers.1.self_attn.v_proj"),
+        ("model.norm.weight", "model.norm"),
+        ("lm_head.weight", "lm_head"),
+    ],
+)
+def test_debug_nan_names_the_first_layer(parameter, layer):
+    model = broken_model(parameter)
+    with (
+        pytest.raises(
+            command.NotFiniteError, match=rf"the output of {layer} is the first with NaN"
+        ),
+        debug_nan.watch(model),
+    ):
+        generate(model, batch_of(SHAPES["plain"]), 2)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_command_line_names_the_layer(monkeypatch, capsys):
+    def load_broken(*arguments):
+        model = load_model(*arguments)
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        return model
+
+    load_model = command.load_model
+    monkeypatch.setattr(command, "load_model", load_broken)
+    assert command.main(["--image", str(PICTURE), "--quiet"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "not finite" in said.err
+    assert command.main(["--image", str(PICTURE), "--quiet", "--debug-nan"]) == 2
+    assert "the output of model.layers.1.mlp.up_proj is the first" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ command line
 
 PICTURE = next(iter(sorted((ROOT / "examples").glob("*.png"))), None)
@@ -380,9 +634,9 @@ def prompt_of(monkeypatch, *arguments):
 
     def stand_in(model, batch, max_new_tokens, sampling):
         seen.append((batch, max_new_tokens, sampling))
-        yield [0]
+        yield command.Step([0], torch.zeros(1, 545))
 
-    monkeypatch.setattr(command, "stream", stand_in)
+    monkeypatch.setattr(command, "generate_steps", stand_in)
     assert command.main([*map(str, arguments)]) == 0
     [(batch, max_new_tokens, sampling)] = seen
     tokenizer = command.Processor.from_pretrained(command.TINY).tokenizer
@@ -500,6 +754,12 @@ def break_checkpoint(tmp_path):
         (["--prompt", "x", "--device", "cuda:7"], "the device cuda:7 cannot be used"),
         (["--prompt", "x", "--attention", "flash"], "attention 'flash' cannot be used"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected above 0 and at most 1"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature is nan, expected"),
+        (["--prompt", "x", "--temperature", "inf"], "temperature is inf, expected"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k is -1, expected"),
+        (["--prompt", "x", "--repetition-penalty", "nan"], "repetition_penalty is nan, expected"),
+        (["--prompt", "x", "--seed", "-1"], "seed is -1, expected 0 to 2**63 - 1"),
+        (["--prompt", "x", "--seed", str(2**70)], f"seed is {2**70}, expected 0 to"),
     ],
 )
 def test_what_the_user_got_wrong_is_one_sentence_and_code_2(
@@ -526,6 +786,15 @@ def test_what_the_user_got_wrong_is_one_sentence_and_code_2(
     [
         ([], "give --image, --video, --prompt, --chat or --batch"),
         (["--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0, expected 1 or more"),
+        (["--prompt", "x", "--fps", "nan"], "--fps is nan, expected a number above 0"),
+        (["--prompt", "x", "--fps", "0"], "--fps is 0.0, expected a number above 0"),
+        (["--prompt", "x", "--fps", "-1"], "--fps is -1.0, expected a number above 0"),
+        (["--prompt", "x", "--batch-size", "-1"], "--batch-size is -1, expected 1 or more"),
+        (
+            ["--prompt", "x", "--min-pixels", "9", "--max-pixels", "8"],
+            "--min-pixels is 9, expected at most --max-pixels, 8",
+        ),
+        (["--prompt", "x", "--cuda-graph", "--debug-nan"], "--cuda-graph and --debug-nan do not"),
         (["--prompt", "x", "--nframes", "0"], "--nframes is 0, expected 1 or more"),
         (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--prompt", "x", "--draw", "x.png"], "--draw needs exactly one --image, found 0"),
@@ -571,7 +840,8 @@ def test_no_traceback_in_a_real_process(tmp_path):
 def with_answer(monkeypatch, text):
     """Makes the model say this."""
     ids = command.Processor.from_pretrained(command.TINY).tokenizer.encode(text)
-    monkeypatch.setattr(command, "stream", lambda *_: iter([[id] for id in ids]))
+    steps = [command.Step([id], torch.zeros(1, 545)) for id in ids]
+    monkeypatch.setattr(command, "generate_steps", lambda *_: iter(steps))
 
 
 BOXES = "<|object_ref_start|>the star<|object_ref_end|><|box_start|>(0,500),(100,1000)<|box_end|>"
@@ -639,3 +909,96 @@ def test_the_trace_goes_to_stderr_and_the_page_to_its_file(capsys, tmp_path):
     assert "pixel_values" in said.err
     assert "cache" in said.err
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+# -------------------------------------------------------------------------------- memory, disks, pipes, encodings
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("Unable to allocate 9.9 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+        RuntimeError("Storage size calculation overflowed with sizes=[9, 9]"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_says_what_to_lower(error, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(command, "generate_steps", fail)
+    assert command.main(["--image", str(PICTURE), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("generate.py: out of memory")
+    assert said.count("\n") == 1
+    for option in ("--max-pixels", "--nframes", "--max-new-tokens", "--batch-size", "--quantize"):
+        assert option in said
+
+
+def test_torch_out_of_memory_on_the_cpu_is_recognized():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert command_line.is_out_of_memory(caught.value)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**62, 2**62)
+    assert command_line.is_out_of_memory(caught.value)
+    assert not command_line.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(command, "generate_steps", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        command.main(["--image", str(PICTURE), "--quiet"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_sentence(tmp_path):
+    with open("/dev/full", "w") as full:
+        line = [sys.executable, str(ROOT / "generate.py"), "--prompt", "x", "--quiet"]
+        done = subprocess.run(line, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "generate.py: cannot write the answer to stdout: No space left on device"
+    ]
+    done = run("--image", PICTURE, "--quiet", "--report", "/dev/full", cwd=tmp_path)
+    assert done.returncode == 2
+    [sentence] = done.stderr.splitlines()
+    assert "/dev/full" in sentence
+
+
+def test_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, str(ROOT / "generate.py"), "--prompt", "x", "--quiet"]
+    done = subprocess.run(line, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_outputs_of_any_encoding_lose_no_answer(encoding):
+    script = (
+        "import generate, torch; from extras import command_line\n"
+        "processor = generate.Processor.from_pretrained(generate.TINY)\n"
+        "ids = processor.tokenizer.encode('\\xe9 \\u4f60\\u597d \\U0001f642')\n"
+        "generate.generate_steps = lambda *_: iter([generate.Step([i], torch.zeros(1, 9)) for i in ids])\n"
+        "command_line.prepare_streams()\n"
+        "raise SystemExit(generate.main(['--prompt', 'x', '--quiet']))"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C"}
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, capture_output=True, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == "é 你好 🙂\n".encode(encoding, errors="backslashreplace")
+
+
+def test_a_prompt_in_utf_8_arrives_in_any_locale():
+    assert command_line.recover_utf8("\udcc3\udca9?", "ascii") == "é?"
+    assert command_line.recover_utf8("é", "latin-1") == "é"
+    assert command_line.recover_utf8("\udcff", "ascii") == "\udcff"  # no UTF-8: refused later

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from extras.logprobs import Step, Watch, columns, token_text
-from generate import TINY, Sampling, generate, main, stream
+from generate import TINY, Sampling, generate, generate_steps, main
 from load_weights import load_model
 from preprocess import Processor
 from tokenizer import BYTE_OF, Tokenizer
@@ -42,10 +41,9 @@ def model():
 
 
 def watched(model, batch, sampling=None, **settings):
-    watch = Watch(model, **settings)
-    with watch:
-        for (token,) in stream(model, batch, 20, sampling):
-            watch.chosen(token)
+    watch = Watch(**settings)
+    for step in generate_steps(model, batch, 20, sampling):
+        watch.chosen(step.tokens[0], step.logits[0])
     return watch
 
 
@@ -58,11 +56,6 @@ def recomputed(model, batch, tokens):
     with torch.no_grad():
         logits = model(ids, **pictures)[0, -len(tokens) - 1 : -1]
     return logits.log_softmax(-1)
-
-
-def stub():
-    """A "model" whose logits are what it is given."""
-    return SimpleNamespace(lm_head=nn.Identity())
 
 
 # ---------------------------------------------------------------------------------------------------------- numbers
@@ -90,98 +83,48 @@ def test_log_probabilities_equal_a_pass_over_the_whole_answer(batch, sampling, d
 
 
 def test_half_precision_logits_are_normalised_in_float32():
-    logits = torch.randn(1, 1, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
-    model = stub()
-    watch = Watch(model)
-    with watch:
-        model.lm_head(logits)
-        watch.chosen(7)
-    expected = logits.double().log_softmax(-1)[0, 0, 7].item()
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    watch = Watch()
+    watch.chosen(7, logits)
+    expected = logits.double().log_softmax(-1)[7].item()
     assert watch.steps[0].logprob == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_last_position_counts_and_ranks_and_runners_up_leave_the_chosen_one_out():
-    model = stub()
-    watch = Watch(model, runners_up=2)
-    with watch:
-        for token in (2, 1, 0):
-            model.lm_head(torch.tensor([[[9.0, 0.0, 0.0, 0.0], [1.0, 3.0, 5.0, 4.0]]]))
-            watch.chosen(token)
+def test_ranks_and_runners_up_leave_the_chosen_one_out():
+    watch = Watch(runners_up=2)
+    for token in (2, 1, 0):
+        watch.chosen(token, torch.tensor([1.0, 3.0, 5.0, 4.0]))
     assert [step.rank for step in watch.steps] == [1, 3, 4]
     assert [[id for id, _ in step.runners_up] for step in watch.steps] == [[3, 1], [2, 3], [2, 3]]
 
 
 @pytest.mark.parametrize("runners_up", [0, 1, 3, 99])
 def test_as_many_runners_up_as_asked_for_and_there_are(runners_up):
-    model = stub()
-    watch = Watch(model, runners_up)
-    with watch:
-        model.lm_head(torch.arange(5.0).view(1, 1, 5))
-        watch.chosen(0)
+    watch = Watch(runners_up)
+    watch.chosen(0, torch.arange(5.0))
     assert len(watch.steps[0].runners_up) == min(runners_up, 4)
 
 
 def test_what_is_kept_are_a_few_plain_numbers(model, batch):
     watch = watched(model, batch)
-    assert watch._logits is None
     for step in watch.steps:
         assert [type(value) for value in step[:3]] == [int, float, int]
         assert all((type(id), type(logprob)) == (int, float) for id, logprob in step.runners_up)
 
 
-# ------------------------------------------------------------------------------------------------------- the hook
-
-
-@pytest.mark.parametrize("sampling", [None, WILD], ids=["greedy", "sampled"])
-def test_nothing_of_the_output_changes(model, batch, sampling):
-    def logits_and_tokens():
-        seen = []
-        spy = model.lm_head.register_forward_hook(
-            lambda module, inputs, output: seen.append(output.clone())
-        )
-        tokens = generate(model, batch, 20, sampling)
-        spy.remove()
-        return torch.cat(seen), tokens
-
-    logits, tokens = logits_and_tokens()
-    with Watch(model):
-        watched_logits, watched_tokens = logits_and_tokens()
-    assert watched_tokens == tokens
-    assert torch.equal(watched_logits, logits)
-
-
-def test_the_hook_is_gone_after_the_loop_a_break_and_an_error(model, batch):
-    watch = Watch(model)
-    with watch:
-        for (token,) in stream(model, batch, 5):
-            assert len(model.lm_head._forward_hooks) == 1
-            watch.chosen(token)
-            break
-    assert not model.lm_head._forward_hooks
-    with pytest.raises(ValueError, match="one conversation"), watch:
-        model.lm_head(torch.zeros(2, 1, 128))
-    assert not model.lm_head._forward_hooks
-
-
-def test_a_token_without_its_logits_is_an_error():
-    model, message = stub(), "has not been run inside `with` since the last token"
-    watch = Watch(model)
-    with watch:
-        model.lm_head(torch.zeros(1, 1, 5))
-        watch.chosen(0)
-        with pytest.raises(RuntimeError, match=message):
-            watch.chosen(0)
-        model.lm_head(torch.zeros(1, 1, 5))
-    with pytest.raises(RuntimeError, match=message):  # those of an unfinished step do not stay
-        watch.chosen(0)
-
-
-def test_several_conversations_and_a_negative_number_are_refused():
-    model = stub()
-    with Watch(model), pytest.raises(ValueError, match="one conversation, but the batch has 2"):
-        model.lm_head(torch.zeros(2, 1, 5))
+def test_logits_of_several_conversations_and_a_negative_number_are_refused():
+    with pytest.raises(ValueError, match="of one conversation, got"):
+        Watch().chosen(0, torch.zeros(2, 5))
     with pytest.raises(ValueError, match="runners_up is -1, expected 0 or more"):
-        Watch(model, -1)
+        Watch(-1)
+
+
+def test_steps_hold_the_logits_that_a_hook_on_the_head_sees(model, batch):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda _m, _i, output: seen.append(output[:, -1]))
+    steps = list(generate_steps(model, batch, 20, WILD))
+    hook.remove()
+    assert torch.equal(torch.cat([step.logits for step in steps]), torch.cat(seen))
 
 
 # ------------------------------------------------------------------------------------------------------ the table
@@ -204,7 +147,7 @@ def test_the_table_of_an_answer(model, batch, tokenizer):
 
 
 def test_a_line_says_all_of_its_token(model, tokenizer):
-    watch = Watch(model, 2)
+    watch = Watch(2)
     red, end, byte = tokenizer.encode(" red<|im_end|>\n")
     watch.steps.append(Step(red, -0.5, 1, [(end, -1.0), (byte, -12.0)]))
     watch.steps.append(Step(end, -2.0, 2, [(red, -0.25), (byte, -3.0)]))
@@ -231,11 +174,11 @@ def test_a_line_says_all_of_its_token(model, tokenizer):
         "4.98",
     ]
     assert total == "2 tokens, sum of log-probabilities -2.5000, perplexity 3.4903"
-    assert Watch(model).table(tokenizer) == []
+    assert Watch().table(tokenizer) == []
 
 
 def test_numbers_that_are_none_are_shown_as_such(model, tokenizer):
-    watch = Watch(model, 1)
+    watch = Watch(1)
     watch.steps = [Step(5, float("nan"), 1, [(6, float("nan"))])]
     assert watch.table(tokenizer)[1].split()[2:] == ["nan", repr(tokenizer.decode([6])), "nan"]
 
@@ -307,7 +250,7 @@ rows = st.lists(
 def test_the_columns_are_aligned_and_fit(names, rows, runners_up):
     tokenizer = vocabulary(*(spelt(name.encode()) for name in names))
     tokenizer.backend.id_to_token = lambda id, names=tokenizer.backend.id_to_token: names(id % 10)
-    watch = Watch(stub(), runners_up)
+    watch = Watch(runners_up)
     watch.steps = [
         Step(151640 + id, logprob, rank, [(100000 + id + i, logprob) for i in range(runners_up)])
         for id, logprob, rank in rows
