@@ -399,7 +399,7 @@ def run(arguments: argparse.Namespace) -> None:
     messages = command_line.first_messages(arguments)  # with its checks, before anything is read
     folder = find_folder(arguments.model or TINY, weights=not arguments.dry_run)
     check_supported(folder)  # first: what is wrong is the checkpoint, not a file that it lacks
-    processor = Processor.from_pretrained(folder, arguments.min_pixels, arguments.max_pixels)
+    processor = command_line.load_processor(arguments, folder)
     start = time.perf_counter()
     batch = processor(messages, add_vision_id=arguments.add_vision_id) if single else None
     preparing = time.perf_counter() - start  # before the model: a wrong path does not wait for it
@@ -410,6 +410,7 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     start = time.perf_counter()
     model = load_model(folder, arguments.device, dtype, arguments.attention, arguments.quantize)
+    processor.check_model(model.config)
     say(command_line.loaded(arguments, model, time.perf_counter() - start))
     if arguments.cuda_graph:
         from extras import cuda_graph

@@ -4,37 +4,94 @@
     source ── load_image ──> Pillow image, upright ── to_rgb ──> RGB
 
 Everything that comes from outside enters through these functions, so each turns whatever a server or a decoder
-raises into one sentence that names the source.
+raises into one sentence that names the source. A source that is sound but is not used in full (later frames, values
+beyond 8 bits, an orientation that cannot be read) costs one warning that names it.
 """
 
+import base64
+import binascii
 import io
+import os
+import re
+import stat
+import struct
 import tempfile
 import time
-import urllib.request
+import warnings
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import unquote
+from typing import Any, BinaryIO
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
 DOWNLOAD_DEADLINE = 600.0  # seconds in all
 DOWNLOAD_MAX_BYTES = 2**30
 SPOOL_BYTES = 2**26  # a larger download is kept in a temporary file instead of memory
 
+# The formats that Pillow may open, in the order in which it tries them. Each is decoded inside this
+# process: EPS, which starts Ghostscript, and WMF, which calls the operating system, are left out on
+# purpose. Some builds of Pillow lack some of these, and HEIF needs a plugin such as pillow-heif.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+IMAGE_FORMATS += ("ICO", "ICNS", "QOI", "PSD", "DDS", "PCX", "SGI", "DIB", "TGA")
 
+# What a file is that is no image, by how it begins (after white space). The dots skip a length.
+OTHER_FILES = (
+    (rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "HEIC is not supported by Pillow; convert it to JPEG or PNG"),
+    (rb".{4}ftypavi[fs]", "this build of Pillow does not support AVIF; convert it to JPEG or PNG"),
+    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV", "it is a video; pass it as a video (--video)"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not opened as an image; convert it to PNG"),
+    (rb"%PDF", "it is a PDF; convert its pages to PNG"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<svg", "it is an SVG drawing; convert it to PNG"),
+    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", "it is a web page (HTML), not an image"),
+    (rb"version https://git-lfs", "it is a Git LFS pointer; run git lfs pull to get the image itself"),
+)  # fmt: skip
+
+# EXIF orientation (tag 0x0112) → how the stored pixels are transposed to be upright; 1 is upright already.
+ORIENTATION_TAG = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of Image.info
+
+# Pillow warns about an image of more than MAX_IMAGE_PIXELS (89 million) and refuses one of twice as many. A photo of
+# 100 million pixels is fine; the refusal stays, as one sentence.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+# ---------------------------------------------------------------------------------------------------- sources
 def source_name(source: object) -> str:
-    """Return what to call a source in a message: its path or URL, shortened, or the kind of object it is."""
+    """Return what to call a source in a message: its path or URL, shortened, or the type of the object."""
     if isinstance(source, str | Path):
-        return f"{source!s:.200}"
+        return one_line(str(source)[:200])
     return f"the given {type(source).__name__}"
+
+
+def one_line(text: object) -> str:
+    """Return a text without line breaks, as every error and warning is one line."""
+    return " ".join(str(text).split())
+
+
+def error_reason(error: BaseException) -> str:
+    """Return what an exception of a foreign library specifies, in one line and never empty."""
+    text = one_line(getattr(error, "strerror", None) or error)
+    if isinstance(error, OSError | ValueError | SyntaxError) and text:
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
     """Return the path of the file that a source names, or an open binary file with its content.
 
-    source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open binary file.
+    source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open binary file. A path is
+    taken literally: `~` is not expanded. Raises ValueError or OSError with one sentence naming the source.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -45,22 +102,99 @@ def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
             f"expected a path, a URL, bytes or an open file, got {type(source).__name__}"
         )
     text = str(source)
-    if text.startswith("data:"):
+    scheme = text[:8].lower()  # schemes are case-insensitive
+    if scheme.startswith("data:"):
         return read_data_url(text)
-    if text.startswith(("http://", "https://")):
+    if scheme.startswith(("http://", "https://")):
         return download(text)
-    if text.startswith("file://"):
-        return unquote(text.removeprefix("file://"))
+    if scheme.startswith("file://"):
+        return file_url_path(text)
     return text
 
 
-def read_data_url(url: str) -> BinaryIO:
-    """Return the content of a `data:` URL (RFC 2397, plain or base64) as an open file."""
+def file_url_path(url: str, windows: bool = os.name == "nt") -> str:
+    """Return the path that a `file://` URL names (RFC 8089).
+
+    The host `localhost` is dropped. Where a URL has no third slash, as in `file://examples/shapes.png`, the rest is
+    a relative path, as in qwen-vl-utils 0.0.14. On Windows `file:///C:/x.png` is C:/x.png, and a host names a share.
+    Percent signs are decoded, unless only the path as it is written exists.
+    """
+    written = url[len("file://") :]
+    if written.lower().startswith("localhost/"):
+        written = written[len("localhost") :]
+    if windows and re.match(r"/[A-Za-z][:|]", written):
+        written = written[1] + ":" + written[3:]
+    elif windows and re.match(r"[^/\\:]+[/\\]", written):
+        written = "//" + written
+    decoded = unquote(written)
+    if not os.path.lexists(decoded) and os.path.lexists(written):
+        return written
+    return decoded
+
+
+def check_regular_file(path: str) -> None:
+    """Raise ValueError for a directory, pipe, device or socket, which would block or never end when it is read.
+
+    Raises FileNotFoundError, and OSError or ValueError, where the file system does not have the path.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise ValueError("it is a directory, expected a file")
+    if not stat.S_ISREG(mode):
+        raise ValueError("it is a pipe, device or socket, expected a regular file")
+
+
+def decode_base64(text: str | bytes) -> bytes:
+    """Return the bytes of a base64 text, with the standard or the URL-safe alphabet.
+
+    White space is ignored; in the URL-safe alphabet the padding at the end may be missing (RFC 4648, 5).
+    Raises ValueError for anything else.
+    """
+    raw = text.encode("ascii") if isinstance(text, str) else text
+    raw = b"".join(raw.split())
+    if b"-" in raw or b"_" in raw:
+        raw = raw.translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        raw += b"=" * (-len(raw) % 4)
     try:
-        with urllib.request.urlopen(url) as content:
-            return io.BytesIO(content.read())
+        return base64.b64decode(raw, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its base64 is malformed: {error}") from error
+
+
+def read_data_url(url: str) -> BinaryIO:
+    """Return the content of a `data:` URL (RFC 2397, percent-encoded or base64) as an open file."""
+    header, comma, content = url[len("data:") :].partition(",")
+    name = one_line(url[:80])
+    if not comma:
+        raise ValueError(f"cannot read the URL {name}: expected a comma before its content")
+    try:
+        data = unquote_to_bytes(content)
+        if header.split(";")[-1].strip().lower() == "base64":
+            data = decode_base64(data)
     except ValueError as error:
-        raise ValueError(f"cannot read the URL {url:.80}: {error}") from error
+        raise ValueError(f"cannot read the URL {name}: {error}") from error
+    return io.BytesIO(data)
+
+
+def bare_base64(text: str) -> bytes | None:
+    """Return the image whose bytes a text holds in base64 without `data:` in front, or None.
+
+    The reference takes such a text for an image wherever no file has that name (transformers 5.23.0, `load_image`).
+    Here it must also be long and begin as an image file does, so that a misspelled path stays a path.
+    """
+    if len(text) < 64:
+        return None
+    try:
+        data = decode_base64(text)
+    except ValueError:
+        return None
+    begins = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+    return data if data.startswith(begins) or data[4:8] == b"ftyp" else None
+
+
+# --------------------------------------------------------------------------------------------------- download
+class Refused(ValueError):
+    """A response that is not used: its status is not 200, or it is too large."""
 
 
 def download(
@@ -69,78 +203,221 @@ def download(
     deadline: float | None = None,
     max_bytes: int | None = None,
 ) -> BinaryIO:
-    """Download an `http(s)://` URL into an open file that can be read and seeked. Redirections are followed.
+    """Download an `http(s)://` URL into an open file that can be read and seeked. Redirects are followed.
 
     timeout: seconds without a byte; deadline: seconds in all; max_bytes: of the content. The defaults are the
-    constants above. Raises ValueError for a malformed URL, a response other than 200 and more than max_bytes;
-    OSError (TimeoutError) if the server cannot be reached, is silent or is too slow.
+    constants above. Raises ValueError for a malformed URL, a status other than 200 and more than max_bytes;
+    OSError (TimeoutError) if the server cannot be reached, is silent, is too slow or breaks the protocol.
     """
     import httpx2  # takes a while to import, and files do not need it
 
     timeout = DOWNLOAD_TIMEOUT if timeout is None else timeout
     deadline = DOWNLOAD_DEADLINE if deadline is None else deadline
     max_bytes = DOWNLOAD_MAX_BYTES if max_bytes is None else max_bytes
-    name = f"{url:.80}"
-    too_large = ValueError(
-        f"{name} holds more than {max_bytes / 1e6:,.0f} MB; download it and give the file"
-    )
+    name = one_line(url[:80])
     file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)
     end = time.monotonic() + deadline
     try:
         with httpx2.stream("GET", url, timeout=timeout, follow_redirects=True) as response:
-            if response.status_code != 200:
-                raise ValueError(
-                    f"{name} was answered with {response.status_code} {response.reason_phrase}"
-                )
-            if int(response.headers.get("content-length", 0)) > max_bytes:
-                raise too_large
+            check_response(response, name, max_bytes)
             for part in response.iter_bytes():
                 file.write(part)
                 if file.tell() > max_bytes:  # a server need not give its length, nor keep to it
-                    raise too_large
+                    raise too_large(name, max_bytes)
                 if time.monotonic() > end:
                     raise TimeoutError(f"{name} was not there after {deadline:.0f} seconds")
+    except (Refused, TimeoutError):
+        raise
     except httpx2.TimeoutException as error:
         raise TimeoutError(f"{name} sent nothing for {timeout:g} seconds") from error
     except httpx2.InvalidURL as error:
-        raise ValueError(f"{name} is not a URL: {error}") from error
-    except httpx2.HTTPError as error:
-        raise OSError(f"cannot fetch {name}: {error}") from error
+        raise ValueError(f"{name} is not a URL: {error_reason(error)}") from error
+    except Exception as error:  # of the protocol, TLS, the encoding of the name, the disk, ...
+        raise OSError(f"cannot fetch {name}: {error_reason(error)}") from error
     file.seek(0)
     return file
 
 
-def load_image(source: str | Path | bytes | BinaryIO | Image.Image | np.ndarray) -> Image.Image:
-    """Open an image: anything `open_media` takes, a Pillow image, or an array uint8 [H, W, 3] in RGB.
+def check_response(response: Any, name: str, max_bytes: int) -> None:
+    """Raise Refused for a response whose status or announced length rules it out."""
+    if response.status_code != 200:
+        raise Refused(f"{name} was answered with {response.status_code} {response.reason_phrase}")
+    length = response.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise too_large(name, max_bytes)
 
-    An image from a file is rotated upright as its EXIF orientation specifies; a Pillow image is taken as it is, and
-    so is its mode: `to_rgb` comes later. Raises FileNotFoundError or ValueError with one sentence naming the source.
+
+def too_large(name: str, max_bytes: int) -> Refused:
+    """Return the error for a download of more than max_bytes."""
+    size = f"{max_bytes / 1e6:,.0f} MB"
+    return Refused(f"{name} holds more than {size}; download it and give the file")
+
+
+# ----------------------------------------------------------------------------------------------------- images
+def load_image(source: Any) -> Image.Image:
+    """Open an image: anything `open_media` takes, bare base64, a Pillow image, an array or a tensor.
+
+    An image from a file is rotated upright as its EXIF (or XMP) orientation specifies; a Pillow image is taken as it
+    is, and so is its mode: `to_rgb` comes later. Arrays and tensors: see `array_to_image`.
+
+    Raises FileNotFoundError or ValueError with one sentence naming the source. Warns where only a part is used: the
+    first of several frames or pages, values clipped to 8 bits, an orientation that cannot be read.
     """
+    name = source_name(source)
     if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ValueError(
-                f"an array must be uint8 [height, width, 3], not {source.dtype} {list(source.shape)}"
-            )
-        return Image.fromarray(source)
-    file, name = open_media(source), source_name(source)
+        image = load_pillow_image(source, name)
+    elif hasattr(source, "__array__"):
+        image = array_to_image(source)
+    else:
+        image = read_image(source, name)
+    warn_about_clipping(image, name)
+    return image
+
+
+def load_pillow_image(image: Image.Image, name: str) -> Image.Image:
+    """Return an opened Pillow image once its pixels are decoded."""
     try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(
-                image
-            )  # a copy, so the whole file has been read and may be closed
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image at {name}") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # Damaged, cut off, or no image at all: Pillow's decoders raise any of these.
-        unknown = isinstance(error, UnidentifiedImageError)  # whose message shows the file object
-        reason = (
-            "it has no format that Pillow knows"
-            if unknown
-            else getattr(error, "strerror", None) or error
-        )
+        image.load()
+    except Exception as error:
+        raise ValueError(f"cannot read {name} as an image: {error_reason(error)}") from error
+    return image
+
+
+def read_image(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
+    """Decode an image file upright. Where it fails with damaged metadata, decode it without its metadata.
+
+    This is the boundary around Pillow's decoders, which raise nearly anything for a damaged file.
+    """
+    file = open_media(source)
+    if isinstance(file, str):
+        file = existing_file(file, name)
+    try:
+        return decode_image(file, name)
+    except Exception as error:
+        image = decode_without_metadata(file, name)
+        if image is not None:
+            return image
+        reason = unreadable_reason(error, file)
         raise ValueError(f"cannot read {name} as an image: {reason}") from error
+
+
+def existing_file(path: str, name: str) -> str | BinaryIO:
+    """Return the path of a regular file, or the content of a text that is base64 and no path.
+
+    Raises FileNotFoundError or ValueError. Anything that is no regular file is never opened.
+    """
+    try:
+        check_regular_file(path)
+    except OSError as error:  # not there, or too long for a name
+        data = bare_base64(path)
+        if data is not None:
+            return io.BytesIO(data)
+        if isinstance(error, FileNotFoundError):
+            hint = " (~ is not expanded)" if path.startswith("~") else ""
+            raise FileNotFoundError(f"there is no image at {name}{hint}") from None
+        raise ValueError(f"cannot read {name} as an image: {error_reason(error)}") from error
+    except ValueError as error:  # no regular file, or a name with a null character
+        raise ValueError(f"cannot read {name} as an image: {error_reason(error)}") from error
+    return path
+
+
+def decode_image(file: str | BinaryIO, name: str) -> Image.Image:
+    """Decode the first frame with Pillow, as a copy, so that the file has been read and may be closed."""
+    Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+    with Image.open(file, formats=formats) as opened:
+        opened.load()
+        image = upright(opened, name)
+        warn_about_frames(opened, name)
+    return image
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a copy of a decoded image, rotated or mirrored as its EXIF or XMP orientation specifies.
+
+    Damaged metadata cost the orientation at most: the image is then taken as it is stored, with a warning. An
+    orientation other than 2 to 8 means upright. Source of the table: Pillow, `ImageOps.exif_transpose`.
+    """
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception as error:  # Pillow's EXIF reader raises nearly anything
+        reason = f"its EXIF data cannot be read ({error_reason(error)})"
+        warnings.warn(f"{name}: {reason}, so it is not rotated", stacklevel=2)
+        orientation = None
+    method = None
+    if isinstance(orientation, int | float):
+        method = TRANSPOSITIONS.get(orientation)
+    result = image.copy() if method is None else image.transpose(method)
+    for key in METADATA_KEYS:  # the copy is upright, whatever they specify
+        result.info.pop(key, None)
+    return result
+
+
+def warn_about_frames(image: Image.Image, name: str) -> None:
+    """Warn where a file holds more frames or pages than the first, which alone is used.
+
+    Not for MPO, whose further images are previews or depth maps of the same photo, and PSD, whose frames are layers.
+    """
+    if image.format in ("MPO", "PSD"):
+        return
+    try:
+        count = getattr(image, "n_frames", 1)
+    except Exception:  # the first frame is sound, and only the number of the others is unknown
+        return
+    if count < 2:
+        return
+    if image.format == "TIFF":
+        advice = f"the first of {count} pages; save each page as an image to use all"
+    else:
+        advice = f"the first of {count} frames; pass it as a video (--video) for all"
+    warnings.warn(f"{name}: the image is {advice}", stacklevel=2)
+
+
+def warn_about_clipping(image: Image.Image, name: str) -> None:
+    """Warn where the conversion to 8 bits loses the values of a 16-bit, 32-bit or float image.
+
+    The pixels stay those of the reference, which clips to 0…255 in `convert("RGB")`.
+    """
+    if not image.mode.startswith(("I", "F")) or 0 in image.size:
+        return
+    values = np.asarray(image)
+    low, high = np.nanmin(values), np.nanmax(values)
+    advice = "convert it to 8 bits first, scaled as you need"
+    if low < 0 or high > 255:
+        found = f"its values ({low:g} to {high:g}) are clipped to 0…255"
+        warnings.warn(f"{name}: {found}; {advice}", stacklevel=2)
+    elif image.mode == "F" and high <= 1:
+        found = f"its values ({low:g} to {high:g}) count as levels of 0…255, so it is black"
+        warnings.warn(f"{name}: {found}; {advice}", stacklevel=2)
+
+
+def unreadable_reason(error: Exception, file: str | BinaryIO) -> str:
+    """Return why Pillow cannot decode a file, in words that a user can act on."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{error_reason(error)}; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
+    if isinstance(error, MemoryError):
+        return "there is not enough memory for its pixels; shrink it"
+    if not isinstance(error, UnidentifiedImageError):
+        return error_reason(error)
+    head = file_bytes(file, 1024).lstrip()
+    if not head:
+        return "it is empty"
+    for pattern, reason in OTHER_FILES:
+        if re.match(pattern, head, re.DOTALL | re.IGNORECASE):
+            return reason
+    return "it has no format that Pillow knows"  # whose own message shows the file object
+
+
+def file_bytes(file: str | BinaryIO, size: int = -1) -> bytes:
+    """Return the first bytes of a path or an open file, or nothing where they cannot be read."""
+    try:
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                return opened.read(size)
+        file.seek(0)
+        return bytes(file.read(size))
+    except Exception:  # the caller has a better error
+        return b""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -148,7 +425,177 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Source: transformers 5.23.0, `convert_to_rgb`.
     """
+    if image.mode == "La":  # premultiplied gray, which Pillow converts to nothing else
+        image = image.convert("LA")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------- arrays and tensors
+def array_to_image(source: Any) -> Image.Image:
+    """Convert an array or tensor (anything with `__array__`, on any device, with or without grad) to an image.
+
+    | shape                          | meaning                                             |
+    |--------------------------------|-----------------------------------------------------|
+    | [H, W], [H, W, 1], [1, H, W]   | gray                                                |
+    | [H, W, 3], [3, H, W]           | RGB                                                 |
+    | [H, W, 4], [4, H, W]           | RGBA (`to_rgb` composites it on white)              |
+    | both ends 1, 3 or 4: [3, H, 3] | ambiguous: ValueError                               |
+
+    | dtype          | values         | becomes                                            |
+    |----------------|----------------|----------------------------------------------------|
+    | uint8          | any            | itself                                             |
+    | bool           | False, True    | 0, 255                                             |
+    | float          | 0…1            | round(255 · x)                                     |
+    | other integers | 0…255          | themselves                                         |
+    | any            | others, or NaN | ValueError (16 bits, 0…255 floats, normalized, …)  |
+
+    (The reference divides floats of 0…1 by 255 once more; here they are the levels that they stand for.)
+    """
+    kind = type(source).__name__
+    try:
+        array = to_numpy(source)
+    except Exception as error:
+        raise ValueError(f"cannot convert the {kind} to an array: {error_reason(error)}") from error
+    found = f"{array.dtype} {list(array.shape)}"
+    levels = to_levels(channels_last(array, found), found)
+    if levels.shape[2] == 1:
+        levels = levels[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(levels))
+
+
+def to_numpy(source: Any) -> np.ndarray:
+    """Return the NumPy array of an array-like object; PyTorch tensors without importing torch."""
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        if source.is_floating_point():
+            source = source.float()  # NumPy has no bfloat16
+        source = source.numpy()
+    return np.asarray(source)
+
+
+def channels_last(array: np.ndarray, found: str) -> np.ndarray:
+    """Return [H, W], HWC or CHW as [H, W, C] with C = 1, 3 or 4. Raises ValueError where that is unclear."""
+    expected = "expected one image, [height, width], [height, width, channels] or [channels, height, width]"
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{expected}, got {found}")
+    if array.size == 0:
+        raise ValueError(f"expected at least one pixel, got {found}")
+    if array.ndim == 2:
+        return array[:, :, None]
+    first = array.shape[0] in (1, 3, 4)
+    last = array.shape[2] in (1, 3, 4)
+    if first and last:
+        raise ValueError(f"either end of {found} can be the channels; pass a Pillow image instead")
+    if first:
+        return array.transpose(1, 2, 0)
+    if last:
+        return array
+    raise ValueError(f"{expected} with 1, 3 or 4 channels, got {found}")
+
+
+def to_levels(array: np.ndarray, found: str) -> np.ndarray:
+    """Return an array of any numeric dtype as uint8 levels. Raises ValueError where its range is unclear."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"expected an image of uint8, floats or integers, got {found}")
+    low = array.min()
+    high = array.max()
+    values = f"got {found} with values {low:g} to {high:g}"
+    if array.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise ValueError(f"integers of an image must be 0…255, {values}; scale it to uint8")
+        return array.astype(np.uint8)
+    if not np.isfinite(low) or not np.isfinite(high):
+        raise ValueError(f"floats of an image must be 0…1, but some of {found} are NaN or infinite")
+    if low < 0 or high > 1:
+        advice = "convert levels of 0…255 to uint8, and undo any normalization"
+        raise ValueError(f"floats of an image must be 0…1, {values}; {advice}")
+    return np.round(array.astype(np.float64) * 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- damaged metadata
+JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1…13 and 15, comments; APP14 specifies colors
+# The chunks and tags that specify how pixels are stored:
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
+TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320}
+TIFF_PIXELS |= {322, 323, 324, 325, 338, 339, 347, 529, 530, 532}
+
+
+def decode_without_metadata(file: str | BinaryIO, name: str) -> Image.Image | None:
+    """Decode an image whose file as a whole cannot be decoded from its pixel data alone; None if that fails too."""
+    try:
+        stripped = without_metadata(file_bytes(file))
+        if stripped is None:
+            return None
+        image = decode_image(io.BytesIO(stripped), name)
+    except Exception:  # the caller reports the first error
+        return None
+    reason = "its metadata are damaged, so they are ignored and it is not rotated"
+    warnings.warn(f"{name}: {reason}", stacklevel=2)
+    return image
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """Return an image file without what its pixels do not need (EXIF, XMP, text, color profiles), or None."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return without_jpeg_metadata(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return without_png_metadata(data)
+    if data.startswith((b"II*\0", b"MM\0*")):
+        return without_tiff_metadata(data)
+    if data[4:8] == b"ftyp":  # AVIF: an item of an unknown type is not read
+        return data.replace(b"Exif", b"none")
+    return None
+
+
+def without_jpeg_metadata(data: bytes) -> bytes:
+    """Return a JPEG file without the segments of JPEG_METADATA (ITU T.81, B.1.1)."""
+    kept = [data[:2]]
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0xDA:  # start of scan: the rest is pixel data
+            break
+        (length,) = struct.unpack_from(">H", data, position + 2)
+        end = position + 2 + length
+        if marker not in JPEG_METADATA:
+            kept.append(data[position:end])
+        position = end
+    return b"".join([*kept, data[position:]])
+
+
+def without_png_metadata(data: bytes) -> bytes:
+    """Return a PNG file with the chunks of PNG_PIXELS alone."""
+    kept = [data[:8]]
+    position = 8
+    while position + 12 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if name in PNG_PIXELS:
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def without_tiff_metadata(data: bytes) -> bytes:
+    """Return a TIFF file whose first directory holds the tags of TIFF_PIXELS alone and is the only one."""
+    order = "<" if data.startswith(b"II") else ">"
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    kept = []
+    for index in range(count):
+        entry = data[start + 2 + 12 * index :][:12]
+        (tag,) = struct.unpack_from(f"{order}H", entry)
+        if tag in TIFF_PIXELS:
+            kept.append(entry)
+    directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
+    return data[:start] + directory + data[start + len(directory) :]

@@ -1,12 +1,12 @@
-"""Pictures, clips and conversations → one batch of arrays for the model.
+"""Images, videos and conversations → one batch of arrays for the model.
 
-A picture of any size is resized so that both sides are multiples of 28 and its area stays within bounds, then cut
-into 14×14 patches; nothing is cropped or padded, so big pictures simply become more tokens ("naive dynamic
-resolution", arXiv 2409.12191, section 2.1). Four neighbouring patches (2×2) will become one token of the prompt.
+An image of any size is resized so that both sides are multiples of 28 and its area stays within bounds, then cut
+into 14×14 patches; nothing is cropped or padded, so large images simply become more tokens ("naive dynamic
+resolution", arXiv 2409.12191, section 2.1). Four neighboring patches (2×2) will become one token of the prompt.
 
 Letters in the shape comments:
-    B conversations, S tokens of the longest one, N patches of all pictures together
-    F frames, H and W pixels, C colour channels
+    B conversations, S tokens of the longest one, N patches of all images together
+    F frames, H and W pixels, C color channels
     gt, gh, gw patches along time, height and width (the grid); tp, p one patch's frames and side; m the merge size
 """
 
@@ -14,36 +14,34 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from conversations import SOURCE_KEYS, item_source, read_conversation
 from media import load_image, source_name, to_rgb
-from tokenizer import IMAGE_PAD, VIDEO_PAD, Tokenizer, content_items, content_kind, read_json
+from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer, content_kind, read_json
 
 Grid = tuple[int, int, int]  # (gt, gh, gw)
 
-# What a preprocessor_config.json may hold beside the fields below, and what changes no pixel.
-INERT_FIELDS = {
-    "image_processor_type",
-    "video_processor_type",
-    "feature_extractor_type",
-    "processor_class",
-}
-INERT_FIELDS |= {
-    "auto_map",
-    "data_format",
-    "input_data_format",
-    "default_to_square",
-    "disable_grouping",
-}
+# What a preprocessor_config.json may hold in addition to the fields below, and what changes no pixel.
+INERT_FIELDS = {"image_processor_type", "video_processor_type", "feature_extractor_type"}
+INERT_FIELDS |= {"processor_class", "auto_map", "data_format", "input_data_format"}
+INERT_FIELDS |= {"default_to_square", "disable_grouping"}
+# The bounds, counts of pixels in spite of these names, as `size` spells them:
+SIZE_FIELDS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
+SIZE_FIELDS |= {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 
 
 @dataclass
 class ImageConfig:
-    """How pictures become patches: the fields of `preprocessor_config.json`, with the reference's defaults."""
+    """How images become patches: the fields of `preprocessor_config.json`, with the reference's defaults.
+
+    Raises ValueError for a value that no image could be preprocessed with.
+    """
 
     do_convert_rgb: bool = True
     do_resize: bool = True
@@ -53,17 +51,15 @@ class ImageConfig:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: Sequence[float] = (
-        0.48145466,
-        0.4578275,
-        0.40821073,
-    )  # of CLIP's training pictures, R G B
+    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB
     image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
     patch_size: int = 14
-    temporal_patch_size: int = 2  # a patch spans two frames; a still picture is shown twice
+    temporal_patch_size: int = 2  # a patch spans two frames; a still image is repeated
     merge_size: int = 2  # 2×2 patches become one token
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            check_setting(setting.name, setting.type, getattr(self, setting.name))
         if self.min_pixels > self.max_pixels:
             raise ValueError(
                 f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}"
@@ -71,33 +67,103 @@ class ImageConfig:
 
     @property
     def factor(self) -> int:
-        """The side of one token in pixels, 28: both sides of a resized picture are multiples of it."""
+        """The side of one token in pixels, 28: both sides of a resized image are multiples of it."""
         return self.patch_size * self.merge_size
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
         """Read `preprocessor_config.json`, or `processor_config.json` where transformers 5 has written that.
 
-        Warns about a field that is set but means nothing here. Raises FileNotFoundError or ValueError.
+        A `video_preprocessor_config.json` is not read: the size of frames follows qwen-vl-utils (`load_video`).
+        Warns about a field that is set but means nothing here. Raises FileNotFoundError, or ValueError that names
+        the file and the field.
         """
-        nested = Path(folder) / "processor_config.json"
-        found = read_json(folder, nested.name).get("image_processor") if nested.is_file() else None
-        found = found or read_json(folder, "preprocessor_config.json")
-        settings = {name: value for name, value in found.items() if value is not None}
-        renamed = {
-            "shortest_edge": "min_pixels",
-            "longest_edge": "max_pixels",
-        }  # pixel counts under both names
-        for name, value in settings.pop("size", {}).items():
-            settings.setdefault(renamed.get(name, name), value)
+        path = Path(folder) / "processor_config.json"
+        settings = None
+        if path.is_file():
+            settings = read_json(folder, path.name).get("image_processor")
+        if not settings:
+            path = Path(folder) / "preprocessor_config.json"
+            settings = read_json(folder, path.name)
+        try:
+            return cls.from_settings(settings, folder)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
-        known = {f.name for f in fields(cls)}
-        for name in sorted(settings.keys() - known - INERT_FIELDS):
-            if settings[name] is not False:
+    @classmethod
+    def from_settings(cls, settings: dict, folder: str | Path) -> "ImageConfig":
+        """Read the settings of one file, already parsed. `folder` is what a warning names."""
+        if not isinstance(settings, dict):
+            raise ValueError(f"image_processor is {settings!r:.80}, expected an object")
+        given = {name: value for name, value in settings.items() if value is not None}
+        if "size" in given:
+            given = pixel_bounds(given.pop("size")) | given  # a bound of its own comes first
+            if "min_pixels" not in given or "max_pixels" not in given:
+                raise ValueError("size lacks a bound, expected shortest_edge and longest_edge")
+        known = {setting.name for setting in fields(cls)}
+        for name in sorted(given.keys() - known - INERT_FIELDS):
+            if given[name] is not False:
                 warnings.warn(
-                    f"the image settings in {folder} hold an unknown field: {name}", stacklevel=2
+                    f"the image settings in {folder} hold an unknown field: {name}", stacklevel=3
                 )
-        return cls(**{name: value for name, value in settings.items() if name in known})
+        return cls(**{name: whole(value) for name, value in given.items() if name in known})
+
+
+def pixel_bounds(size: Any) -> dict:
+    """Return min_pixels and max_pixels of the `size` of a preprocessor_config.json."""
+    expected = "expected shortest_edge and longest_edge, two counts of pixels"
+    if not isinstance(size, dict):
+        raise ValueError(f"size is {size!r:.80}, {expected}")
+    unknown = sorted(size.keys() - SIZE_FIELDS.keys())
+    if unknown:
+        raise ValueError(f"size holds {', '.join(unknown)}, {expected}")
+    return {SIZE_FIELDS[name]: value for name, value in size.items() if value is not None}
+
+
+def whole(value: Any) -> Any:
+    """Return a float without a fraction as an int: some files hold 3136.0."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def check_setting(name: str, kind: type, value: Any) -> None:
+    """Raise ValueError if an image setting is not of its kind: a flag, a count, a factor or one number a channel."""
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.80}, expected true or false")
+    elif name == "resample":
+        if not is_integer(value) or value not in list(Image.Resampling):
+            raise ValueError(f"resample is {value!r:.80}, expected a filter of Pillow, 0 to 5")
+    elif kind is int:
+        if not is_integer(value) or value < 1:
+            raise ValueError(f"{name} is {value!r:.80}, expected an integer of at least 1")
+    elif kind is float:
+        if not is_number(value) or value <= 0:
+            raise ValueError(f"{name} is {value!r:.80}, expected a number above 0")
+    else:
+        check_channels(name, value)
+
+
+def check_channels(name: str, value: Any) -> None:
+    """Raise ValueError if image_mean or image_std is neither a number nor three numbers."""
+    values = [value] * 3 if is_number(value) else value
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) != 3:
+        raise ValueError(f"{name} is {value!r:.80}, expected three numbers, for R, G and B")
+    if not all(is_number(number) for number in values):
+        raise ValueError(f"{name} is {value!r:.80}, expected three numbers, for R, G and B")
+    if name == "image_std" and not all(number > 0 for number in values):
+        raise ValueError(f"image_std is {value!r:.80}, expected numbers above 0")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a finite number and no flag."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer and no flag."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def smart_resize(
@@ -107,7 +173,7 @@ def smart_resize(
     min_pixels: int = 56 * 56,
     max_pixels: int = 28 * 28 * 1280,
 ) -> tuple[int, int]:
-    """The size in pixels to which a picture of height × width is resized.
+    """Return the size in pixels, (height, width), to which an image of height × width is resized.
 
     Both sides are multiples of `factor`, their product lies within the bounds where that is possible, and the
     proportions stay as close as the grid allows. Source: transformers 5.23.0, `smart_resize`.
@@ -116,7 +182,7 @@ def smart_resize(
     """
     if min(height, width) < 1:
         raise ValueError(
-            f"a picture needs at least one pixel, got {height}×{width} (height × width)"
+            f"an image needs at least one pixel, got {height}×{width} (height × width)"
         )
     if max(height, width) / min(height, width) > 200:
         raise ValueError(
@@ -161,14 +227,15 @@ def load_video(source: object, config: ImageConfig | None = None, **options: flo
 
 
 def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """One picture → uint8 [H, W, 3], both sides multiples of `config.factor`."""
+    """Return one image as RGB, uint8 [H, W, 3], resized so that both sides are multiples of `config.factor`."""
     if config.do_convert_rgb:
         image = to_rgb(image)
     elif image.mode != "RGB":
-        raise ValueError(f"do_convert_rgb is off, but the picture's mode is {image.mode}, not RGB")
+        raise ValueError(f"do_convert_rgb is off, but the image's mode is {image.mode}, not RGB")
     if config.do_resize:
-        bounds = config.min_pixels, config.max_pixels
-        height, width = smart_resize(image.height, image.width, config.factor, *bounds)
+        height, width = smart_resize(
+            image.height, image.width, config.factor, config.min_pixels, config.max_pixels
+        )
         image = image.resize((width, height), resample=config.resample)
     elif image.height % config.factor or image.width % config.factor:
         size = f"{image.height}×{image.width} (height × width)"
@@ -176,68 +243,71 @@ def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
     return np.asarray(image)
 
 
-def normalise(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
-    """uint8 [F, H, W, 3] → float32 of the same shape: rescaled to 0…1, minus mean, divided by std.
+def normalize(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
+    """Return frames, uint8 [F, H, W, 3], as float32 of the same shape: rescaled to 0…1, minus mean, divided by std.
 
-    After the resize there are only 256 levels per channel, so the arithmetic is done on those and looked up.
+    Rescaled in float64 and normalized in float32: in one precision throughout, the last bit would differ from the
+    reference's in some of the levels. Source: transformers 5.23.0, `rescale` and `normalize`.
     """
-    levels = np.arange(256, dtype=np.float64)[:, None]
-    if config.do_rescale:
-        levels = levels * config.rescale_factor
-    # Rescaled in float64, normalised in float32: in one precision throughout, the last bit would differ from
-    # the reference's in some of the levels.
-    levels = np.repeat(levels.astype(np.float32), 3, axis=1)  # [256, 3]
-    if config.do_normalize:
-        levels = (levels - np.float32(config.image_mean)) / np.float32(config.image_std)
+    scale = np.float64(config.rescale_factor)
+    mean = np.float32(config.image_mean)
+    std = np.float32(config.image_std)
     values = np.empty(frames.shape, dtype=np.float32)
-    for channel in range(3):
-        values[..., channel] = levels[frames[..., channel], channel]
+    for index, frame in enumerate(frames):  # one by one: float64 of a whole video would be large
+        if config.do_rescale:
+            frame = frame * scale
+        frame = frame.astype(np.float32)
+        if config.do_normalize:
+            frame = (frame - mean) / std
+        values[index] = frame
     return values
 
 
 def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
-    """[F, H, W, 3] → patches [N, 3*tp*p*p], N = gt*gh*gw, and the grid (gt, gh, gw).
+    """Return frames [F, H, W, 3] as patches [N, 3*tp*p*p], N = gt*gh*gw, and their grid (gt, gh, gw).
 
     The patches are not in reading order: the 2×2 that will become one token follow each other, token by token,
-    so that the model can merge them with a mere reshape. A row's columns run over (channel, frame, y, x).
+    so that the model can merge them with a mere reshape. A patch's values run over (channel, frame, y, x).
     Source: transformers 5.23.0, `patchify` of the image and of the video processor.
     """
-    tp, p, m = config.temporal_patch_size, config.patch_size, config.merge_size
-    missing = (
-        -len(frames) % tp
-    )  # a still picture becomes two equal frames, an odd clip shows its last one twice
+    tp = config.temporal_patch_size
+    p = config.patch_size
+    m = config.merge_size
+    missing = -len(frames) % tp  # an image becomes two equal frames, the last of an odd number too
     frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-    gt, gh, gw = frames.shape[0] // tp, frames.shape[1] // p, frames.shape[2] // p
+    gt = frames.shape[0] // tp
+    gh = frames.shape[1] // p
+    gw = frames.shape[2] // p
     patches = frames.reshape(gt, tp, gh // m, m, p, gw // m, m, p, 3)
     patches = patches.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # [gt, gh/m, gw/m, m, m, 3, tp, p, p]
     return patches.reshape(gt * gh * gw, 3 * tp * p * p), (gt, gh, gw)
 
 
 def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
-    """The frames of one clip, or one picture in a list → float32 [N, 3*tp*p*p] and its grid (gt, gh, gw)."""
+    """Return the frames of one video, or one image in a list, as patches float32 [N, 3*tp*p*p] and their grid."""
     resized = [resize(load_image(frame), config) for frame in frames]
     sizes = {frame.shape[:2] for frame in resized}
     if len(sizes) != 1:
         raise ValueError(
             f"a video needs frames of one size, but these have {sorted(sizes) or 'no frame at all'}"
         )
-    return patchify(normalise(np.stack(resized), config), config)
+    return patchify(normalize(np.stack(resized), config), config)
 
 
 def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarray]:
-    """Lay the patches of several pictures or clips one after the other; the grids say how many are whose."""
+    """Concatenate the patches of several images or videos; the grids, int64 [n, 3], tell them apart."""
     if not clips:
         raise ValueError("there is nothing to preprocess: the list is empty")
-    return np.concatenate([patches for patches, _ in clips]), np.array(
-        [grid for _, grid in clips], dtype=np.int64
-    )
+    patches = np.concatenate([patches for patches, _ in clips])
+    grids = np.array([grid for _, grid in clips], dtype=np.int64)
+    return patches, grids
 
 
 def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, each anything that `load_image` takes → (pixel_values, image_grid_thw).
+    """Return (pixel_values, image_grid_thw) of images, each anything that `load_image` takes.
 
-    pixel_values is float32 [N, 3*tp*p*p] (1176 columns in the published models), the patches of all pictures one
-    after the other; image_grid_thw is int64 [images, 3], each picture's (1, gh, gw) in patches.
+    pixel_values is float32 [N, 3*tp*p*p] (1176 columns in the published models), the patches of all images one
+    after the other; image_grid_thw is int64 [images, 3], each image's (1, gh, gw) in patches.
 
     Bit-identical to transformers 5.23.0, `Qwen2VLImageProcessorPil`, on the same Pillow version only: Pillow 13
     changed the last bits of its resize. The torchvision processor, which transformers prefers where torchvision
@@ -247,174 +317,249 @@ def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray
 
 
 def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Clips, each a list of pictures or uint8 [F, H, W, 3] → (pixel_values_videos, video_grid_thw).
+    """Return (pixel_values_videos, video_grid_thw) of videos, each a list of images or uint8 [F, H, W, 3].
 
-    As for pictures, with the same bounds on the pixels of every frame; a clip's grid has gt = ceil(F / tp).
+    As for images, with the same bounds on the pixels of every frame; a video's grid has gt = ceil(F / tp).
     """
     return join([preprocess_clip(frames, config) for frames in videos])
 
 
 @dataclass
 class Media:
-    """One picture or clip, ready for the model, and what it was before."""
+    """One image or video, ready for the model, and what it was before."""
 
     patches: np.ndarray  # float32 [N, 3*tp*p*p]
     grid: Grid
     name: str  # where it came from
     size: tuple[int, int]  # width and height in pixels before resizing
-    timestamps: list[float] | None = None  # of a clip's frames, in seconds
+    timestamps: list[float] | None = None  # of a video's frames, in seconds
 
     def summary(self, config: ImageConfig) -> str:
-        """One line: what came in, what the model sees of it, how many tokens that makes."""
-        (gt, gh, gw), p, seconds = (
-            self.grid,
-            config.patch_size,
-            [f"{t:.2f}" for t in self.timestamps or ()],
-        )
-        shown = seconds if len(seconds) <= 16 else [*seconds[:8], "…", *seconds[-2:]]
-        frames = f", {len(seconds)} frames at {' '.join(shown)} s" if seconds else ""
-        patches = f"{gw}×{gh} patches" if gt == 1 else f"{gt}×{gw}×{gh} patches"
-        tokens = gt * gh * gw // config.merge_size**2
+        """Return one line: the source's size, the resized one, and how many tokens that makes."""
+        gt, gh, gw = self.grid
         width, height = self.size
-        return f"{self.name}: {width}×{height} pixels{frames} → {gw * p}×{gh * p} → {patches} → {tokens} tokens"
+        before = f"{width}×{height} pixels"
+        if self.timestamps:
+            before += f", {len(self.timestamps)} frames at {self._times()} s"
+        resized = f"{gw * config.patch_size}×{gh * config.patch_size}"
+        patches = f"{gw}×{gh} patches"
+        if gt > 1:
+            patches = f"{gt}×{patches}"
+        tokens = gt * gh * gw // config.merge_size**2
+        return f"{self.name}: {before} → {resized} → {patches} → {tokens} tokens"
+
+    def _times(self) -> str:
+        """Return the timestamps, the middle ones left out where there are many."""
+        times = [f"{seconds:.2f}" for seconds in self.timestamps]
+        if len(times) > 16:
+            times = [*times[:8], "…", *times[-2:]]
+        return " ".join(times)
 
 
 @dataclass
 class Batch:
-    """What the model takes, as numpy arrays. The vision fields are None when no row has such media."""
+    """What the model takes, as numpy arrays. The vision fields are None when no sequence has such media."""
 
     input_ids: np.ndarray  # int64 [B, S], padded on the left
     attention_mask: np.ndarray  # int64 [B, S], 0 where padded, else 1
-    pixel_values: np.ndarray | None = None  # float32 [N, 3*tp*p*p], row after row in reading order
+    pixel_values: np.ndarray | None = None  # float32 [N, 3*tp*p*p], sequence after sequence
     image_grid_thw: np.ndarray | None = None  # int64 [images, 3]
     pixel_values_videos: np.ndarray | None = None  # the same two for videos
     video_grid_thw: np.ndarray | None = None
-    media: list[Media] = field(
-        default_factory=list
-    )  # all pictures and clips, row after row in reading order
+    media: list[Media] = field(default_factory=list)  # all, in reading order
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What the model is called with, by name; what there is none of is left out."""
+        """Return the arguments of the model by name, without those that are None."""
         return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
 
 
 class Processor:
-    """Conversations → Batch: read the pictures, write the prompts, make room in them for the vision tokens."""
+    """Conversations → Batch: read the media, encode the prompts, expand their placeholders to vision tokens.
+
+    A call changes nothing in the processor, so that threads can share one.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer, image_config: ImageConfig, video_options: dict | None = None
     ):
         self.tokenizer = tokenizer
         self.image_config = image_config
-        self.video_options = (
-            video_options or {}
-        )  # for `load_video`, where an item does not say otherwise
+        self.video_options = video_options or {}  # for `load_video`, unless an item has its own
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> "Processor":
-        """Read tokenizer and image settings of a checkpoint folder.
+        """Read tokenizer and image settings of a checkpoint directory.
 
-        Bounds given here replace the folder's for pictures, and the usual ones for the frames of a film.
+        Bounds given here replace the directory's for images, and the usual ones for the frames of a video.
+        Raises FileNotFoundError or ValueError.
         """
-        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        given = {name: value for name, value in given.items() if value is not None}
-        return cls(
-            Tokenizer.from_pretrained(folder),
-            replace(ImageConfig.from_pretrained(folder), **given),
-            given,
-        )
+        bounds = {}
+        if min_pixels is not None:
+            bounds["min_pixels"] = min_pixels
+        if max_pixels is not None:
+            bounds["max_pixels"] = max_pixels
+        tokenizer = Tokenizer.from_pretrained(folder)
+        image_config = replace(ImageConfig.from_pretrained(folder), **bounds)
+        return cls(tokenizer, image_config, bounds)
+
+    def check_model(self, config: Any) -> None:
+        """Raise ValueError where the processor's token ids or patch sizes contradict a model's `Config`.
+
+        They can where a model is used with the processor of another checkpoint.
+        """
+        vision = config.vision_config
+        images = self.image_config
+        token_id = self.tokenizer.token_id
+        check_equal(f"the id of {IMAGE_PAD}", token_id(IMAGE_PAD), config.image_token_id)
+        check_equal(f"the id of {VIDEO_PAD}", token_id(VIDEO_PAD), config.video_token_id)
+        start_id = config.vision_start_token_id
+        check_equal(f"the id of {VISION_START}", token_id(VISION_START), start_id)
+        check_equal("patch_size", images.patch_size, vision.patch_size)
+        check_equal("merge_size", images.merge_size, vision.spatial_merge_size)
+        check_equal("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size)
 
     def __call__(
         self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False
     ) -> Batch:
-        """One conversation (a list of messages) or a list of conversations → one Batch, a row each.
+        """Return the Batch of one conversation or of a list of conversations, a sequence each.
 
-        A content item that is a picture or a clip is read by `prepare`, or was already (then it holds the Media).
-        What a message says is text, also where it spells a control token (`Tokenizer.encode_chat`). Raises ValueError
-        or FileNotFoundError for a malformed message and for a picture that cannot be read.
+        A conversation is a list of messages, or an object that `read_conversation` takes. Each image and video in it
+        is read by `prepare`, or was already (its source is then the Media). What a message contains is text, also
+        where it spells a special token (`Tokenizer.encode_chat`).
+
+        Raises ValueError or FileNotFoundError for a malformed message and for media that cannot be read.
         """
         if not isinstance(conversations, list | tuple) or not conversations:
             raise ValueError(
                 "expected a conversation, which is a list of messages, or a list of conversations"
             )
-        if isinstance(conversations[0], dict):
+        if is_message(conversations[0]):
             conversations = [conversations]
-
-        rows, media, images, videos = [], [], [], []
-        for messages in conversations:
-            items = [
-                item for n, message in enumerate(messages) for item in content_items(message, n)
-            ]
-            shown = [
-                (content_kind(item), self.prepare(item))
-                for item in items
-                if content_kind(item) != "text"
-            ]
+        sequences = []
+        images = []
+        videos = []
+        media = []
+        for conversation in conversations:
+            messages = read_conversation(conversation)
+            own_images = []
+            own_videos = []
+            for item in media_items(messages):
+                prepared = self.prepare(item)
+                media.append(prepared)
+                if content_kind(item) == "image":
+                    own_images.append(prepared)
+                else:
+                    own_videos.append(prepared)
             ids = self.tokenizer.encode_chat(messages, add_generation_prompt, add_vision_id)
-            for kind, pad, joined in (("image", IMAGE_PAD, images), ("video", VIDEO_PAD, videos)):
-                own = [(one.patches, one.grid) for its_kind, one in shown if its_kind == kind]
-                ids = self._expand(ids, pad, [grid for _, grid in own])
-                joined += own
-            rows.append(ids)
-            media += [one for _, one in shown]
+            ids = self._expand(ids, IMAGE_PAD, own_images)
+            ids = self._expand(ids, VIDEO_PAD, own_videos)
+            sequences.append(ids)
+            images += own_images
+            videos += own_videos
 
-        # Padded on the left: every row's last token stands in the last column, where generation goes on.
-        longest = max(len(ids) for ids in rows)
-        padded = np.full(
-            (len(rows), longest), self.tokenizer.pad_token_id, dtype=np.int64
-        )  # [B, S]
-        batch = Batch(input_ids=padded, attention_mask=np.zeros_like(padded), media=media)
-        for row, ids in enumerate(rows):
-            batch.input_ids[row, longest - len(ids) :] = ids
-            batch.attention_mask[row, longest - len(ids) :] = 1
+        batch = Batch(*self._pad(sequences), media=media)
         if images:
-            batch.pixel_values, batch.image_grid_thw = join(images)
+            batch.pixel_values, batch.image_grid_thw = join([(m.patches, m.grid) for m in images])
         if videos:
-            batch.pixel_values_videos, batch.video_grid_thw = join(videos)
+            batch.pixel_values_videos, batch.video_grid_thw = join(
+                [(m.patches, m.grid) for m in videos]
+            )
         return batch
 
     def prepare(self, item: dict) -> Media:
-        """Read the picture or clip of one content item.
+        """Read the image or video of one content item.
 
-        A picture stands under `image`, `image_url` (also as {"url": ...}), `url` or `path` and is anything that
-        `load_image` takes; a clip under `video` (or `url`, `path`) and is anything that `load_video` takes. The
-        item's own `min_pixels` and `max_pixels`, `resized_height` and `resized_width`, and for a clip all of
+        An image is located under `image`, `image_url` (also as {"url": ...}), `url` or `path` and is anything that
+        `load_image` takes; a video under `video` (or `url`, `path`) and is anything that `load_video` takes. The
+        item's own `min_pixels` and `max_pixels`, `resized_height` and `resized_width`, and for a video all of
         VIDEO_OPTIONS, mean what they mean to qwen-vl-utils 0.0.14.
+
+        Raises ValueError or FileNotFoundError with one sentence naming the source.
         """
         kind, config = content_kind(item), self.image_config
-        keys = (
-            ("image", "image_url", "url", "path") if kind == "image" else ("video", "url", "path")
-        )
-        source = next((item[key] for key in keys if item.get(key) is not None), None)
-        source = source.get("url") if isinstance(source, dict) else source
+        source = item_source(item, kind)
         if source is None:
-            raise ValueError(
-                f"the {kind} item names no {kind} under any of {', '.join(keys)}: {item!r:.80}"
-            )
+            keys = ", ".join(SOURCE_KEYS[kind])
+            raise ValueError(f"the {kind} item names no {kind} under any of {keys}: {item!r:.80}")
         if isinstance(source, Media):
             return source
         own = {name: item[name] for name in VIDEO_OPTIONS if item.get(name) is not None}
         if kind == "video":
             clip = load_video(source, config, **(self.video_options | own))
-            patches, grid = patchify(normalise(clip.frames, config), config)
+            patches, grid = patchify(normalize(clip.frames, config), config)
             return Media(patches, grid, source_name(source), clip.size, clip.timestamps)
+        return self._prepare_image(source, own)
+
+    def _prepare_image(self, source: Any, options: dict) -> Media:
+        """Read one image; `options` are those of its item."""
+        options = {name: whole(value) for name, value in options.items()}
+        for name in ("min_pixels", "max_pixels", "resized_height", "resized_width"):
+            if name in options:
+                check_setting(name, int, options[name])
+        bounds = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
+        config = replace(self.image_config, **bounds)
         image = load_image(source)
         size = image.size
-        config = replace(
-            config, **{name: int(own[name]) for name in ("min_pixels", "max_pixels") if name in own}
-        )
-        if "resized_height" in own and "resized_width" in own:
-            wanted = int(own["resized_height"]), int(own["resized_width"])
+        if "resized_height" in options and "resized_width" in options:
             height, width = smart_resize(
-                *wanted, config.factor, config.min_pixels, config.max_pixels
+                options["resized_height"],
+                options["resized_width"],
+                config.factor,
+                config.min_pixels,
+                config.max_pixels,
             )
             image = to_rgb(image).resize((width, height), resample=config.resample)
-        return Media(*preprocess_clip([image], config), source_name(source), size)
+        frames = resize(image, config)[None]  # [1, H, W, 3]
+        patches, grid = patchify(normalize(frames, config), config)
+        return Media(patches, grid, source_name(source), size)
 
-    def _expand(self, ids: list[int], pad: str, grids: list[Grid]) -> list[int]:
-        """Repeat the n-th placeholder once for each token of the n-th picture: one per merged block of patches."""
+    def _expand(self, ids: list[int], pad: str, media: list[Media]) -> list[int]:
+        """Return ids with the n-th placeholder repeated once for each token of the n-th image or video."""
         pad_id = self.tokenizer.token_id(pad)
-        counts = (math.prod(grid) // self.image_config.merge_size**2 for grid in grids)
-        return [id for id in ids for _ in range(next(counts) if id == pad_id else 1)]
+        if ids.count(pad_id) != len(media):
+            raise ValueError(f"expected {len(media)} {pad} in the prompt, got {ids.count(pad_id)}")
+        remaining = iter(media)
+        expanded = []
+        for token in ids:
+            count = 1
+            if token == pad_id:
+                count = math.prod(next(remaining).grid) // self.image_config.merge_size**2
+            expanded += [token] * count
+        return expanded
+
+    def _pad(self, sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return input_ids and attention_mask, int64 [B, S].
+
+        Padded on the left, so that each sequence's last token is in the last column, where generation continues.
+        """
+        longest = max(len(ids) for ids in sequences)
+        shape = len(sequences), longest
+        input_ids = np.full(shape, self.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros(shape, dtype=np.int64)
+        for index, ids in enumerate(sequences):
+            start = longest - len(ids)
+            input_ids[index, start:] = ids
+            attention_mask[index, start:] = 1
+        return input_ids, attention_mask
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is one message, rather than a conversation."""
+    if isinstance(value, dict):
+        return "messages" not in value and "conversations" not in value
+    return not isinstance(value, list | tuple)
+
+
+def media_items(messages: list[dict]) -> list[dict]:
+    """Return the images and videos among the content items of messages, in reading order."""
+    items = [item for message in messages for item in message["content"]]
+    return [item for item in items if content_kind(item) != "text"]
+
+
+def check_equal(name: str, ours: int, theirs: int) -> None:
+    """Raise ValueError if the processor and the model's config.json disagree about a number."""
+    if ours != theirs:
+        found = f"{ours} in the processor, but {theirs} in the model's config.json"
+        raise ValueError(f"{name} is {found}")

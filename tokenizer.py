@@ -38,24 +38,30 @@ def read_json(folder: str | Path, name: str) -> dict:
 
 
 def content_kind(item: dict) -> str:
-    """Say what one item of a message's content list is: "image", "video" or "text".
+    """Return what one item of a message's content list is: "image", "video" or "text".
 
-    The rule is the template's: the type `image` or a key `image` or `image_url` makes an image, else the type
-    `video` or a key `video` makes a video, else it must carry `text`. Raises ValueError for anything else.
+    The rule is that of the published template: the type `image` or a key `image` or `image_url` makes an image, else
+    the type `video` or a key `video` makes a video, else it must carry `text`. A key whose value is None is absent,
+    as data sets fill their rows with null. Raises ValueError for anything else.
     """
     if not isinstance(item, dict):
         raise ValueError(f"a content item must be a dict, not {type(item).__name__}: {item!r:.80}")
-    if item.get("type") == "image" or "image" in item or "image_url" in item:
+    if item.get("type") == "image" or has_value(item, "image") or has_value(item, "image_url"):
         return "image"
-    if item.get("type") == "video" or "video" in item:
+    if item.get("type") == "video" or has_value(item, "video"):
         return "video"
     if isinstance(item.get("text"), str):
         return "text"
     raise ValueError(f"a content item is neither image, video nor text: {item!r:.80}")
 
 
+def has_value(item: dict, key: str) -> bool:
+    """Return whether an item has a key with a value other than None."""
+    return item.get(key) is not None
+
+
 def content_items(message: dict, number: int) -> list[dict]:
-    """The content of the message at index `number` as a list of items; plain text becomes one text item.
+    """Return the content of the message at index `number` as a list of items; text becomes one text item.
 
     Raises ValueError for a message without role or content.
     """
@@ -67,7 +73,7 @@ def content_items(message: dict, number: int) -> list[dict]:
         raise ValueError(f"message {number} needs a role, but has only {list(message)}")
     content = message.get("content")
     if isinstance(content, str):
-        return [{"text": content}]
+        return [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
         raise ValueError(
             f"the content of message {number} must be text or a list, not {type(content).__name__}"

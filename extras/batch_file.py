@@ -1,11 +1,11 @@
 """`generate.py --batch conversations.jsonl --out answers.jsonl`: an answer to each line of a file.
 
-A line is a conversation as the Processor takes it: a list of messages, or an object with `messages` and, if wanted,
-an `id`, which is copied to the answer. Blank lines are skipped. Each line gives one record, in the order of being
-done:
+A line is a conversation in any layout that `conversations.py` reads: a list of messages, or an object with
+`messages` and, if wanted, `images` and an `id`, which is copied to the answer. Blank lines are skipped. Each line
+gives one record, in the order of being done:
 
     {"line": 1, "id": "a", "answer": "A cat.", "tokens_in": 91, "tokens_out": 4, "finished": true, "sha256": "…"}
-    {"line": 2, "error": "there is no picture at missing.png"}
+    {"line": 2, "error": "there is no image at missing.png"}
 
 `line` counts from 1; `tokens_out` includes the id that ends an answer, and `finished` is false where --max-new-tokens
 cut it off before one; `sha256` is the start of the line's hash.
@@ -32,11 +32,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from conversations import read_conversation
 from extras import command_line
 from generate import Sampling, end_ids, new_token_limits, stream
 from preprocess import Processor
 from qwen2vl import Qwen2VL
-from tokenizer import content_items, content_kind
+from tokenizer import content_kind
 
 WINDOW = 16  # groups that are sorted together
 WINDOW_BYTES = 2**30  # of patches, after which a window ends early
@@ -191,18 +192,14 @@ def questions(
             continue
         question = Question({"line": number}, digest(line))
         try:
-            found = json.loads(line.rstrip().decode("utf-8-sig"))
-            if isinstance(found, dict):
-                question.record |= {"id": found["id"]} if "id" in found else {}
-                found = found.get("messages")
-            if not isinstance(found, list) or not found:
-                raise ValueError(
-                    "expected a list of messages, or an object with such a list under messages"
-                )
-            for index, message in enumerate(found):
-                items = [
-                    read_media(item, processor, defaults) for item in content_items(message, index)
-                ]
+            content = json.loads(line.rstrip().decode("utf-8-sig"))
+            if isinstance(content, dict) and "id" in content:
+                question.record["id"] = content["id"]
+            messages = read_conversation(content)
+            if not messages:
+                raise ValueError("expected a list of messages, got an empty one")
+            for message in messages:
+                items = [read_media(item, processor, defaults) for item in message["content"]]
                 question.messages.append(message | {"content": items})
             batch = processor([question.messages], add_vision_id=arguments.add_vision_id)
             question.length = batch.input_ids.shape[1]
@@ -211,17 +208,13 @@ def questions(
             question.record["error"] = f"the line is not JSON: {error.msg} at column {error.colno}"
         except (ValueError, OSError) as error:
             question.record["error"] = str(error)
-        except (
-            TypeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:  # a list for a number, a size of 0, ...
+        except Exception as error:  # a line costs its own record and nothing else
             question.record["error"] = f"the line cannot be used: {type(error).__name__}: {error}"
         yield question
 
 
 def read_media(item: dict, processor: Processor, defaults: dict) -> dict:
-    """A content item with its picture or clip read; `defaults` are for clips that do not say it themselves."""
+    """Return a content item with its image or video read; `defaults` are for videos without fps and nframes."""
     kind = content_kind(item)
     if kind == "text":
         return item

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from generate import Sampling, Step
+from load_weights import find_folder
 from media import load_image
 from preprocess import Batch, Processor
 from qwen2vl import Qwen2VL
@@ -91,6 +92,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="FOLDER_OR_NAME",
         help="a checkpoint directory or hub name (default: the bundled tiny one)",
+    )
+    parser.add_argument(
+        "--processor",
+        metavar="DIR_OR_NAME",
+        help="a checkpoint whose tokenizer and image settings are used, where --model has none",
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
     parser.add_argument(
@@ -385,6 +391,21 @@ def sampling_options(arguments: argparse.Namespace) -> dict:
         options["do_sample"] = True
     Sampling(**options)
     return options
+
+
+def load_processor(arguments: argparse.Namespace, folder: Path) -> Processor:
+    """Return the processor of `--processor`, or that of the checkpoint in `folder`.
+
+    Raises FileNotFoundError, which mentions the option, or ValueError.
+    """
+    bounds = arguments.min_pixels, arguments.max_pixels
+    if arguments.processor is not None:
+        return Processor.from_pretrained(find_folder(arguments.processor, weights=False), *bounds)
+    try:
+        return Processor.from_pretrained(folder, *bounds)
+    except FileNotFoundError as error:
+        hint = "if it was published without, name a checkpoint that has it with --processor"
+        raise FileNotFoundError(f"{error} ({hint})") from error
 
 
 def choose_sampling(

@@ -47,6 +47,7 @@ def run(
     is, and memory is that of the group that takes most. Raises OSError or ValueError as a real run would.
     """
     config = load_config(folder)
+    processor.check_model(config)
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else checkpoint_dtype(folder)
     device = find_device(arguments.device)
     way = choose_attention(arguments.attention, device, dtype)

@@ -103,7 +103,7 @@ def pack(weights: Tensor) -> str:
 
 
 def unpatchify(patches: np.ndarray, grid: Grid, config: ImageConfig) -> np.ndarray:
-    """What `patchify` and `normalise` made, float32 [N, 3*tp*p*p] → the frames uint8 [gt*tp, H, W, 3] again."""
+    """What `patchify` and `normalize` made, float32 [N, 3*tp*p*p] → the frames uint8 [gt*tp, H, W, 3] again."""
     (gt, gh, gw), tp, p, m = grid, config.temporal_patch_size, config.patch_size, config.merge_size
     x = patches.reshape(gt, gh // m, gw // m, m, m, 3, tp, p, p).transpose(
         0, 6, 1, 3, 7, 2, 4, 8, 5

@@ -11,7 +11,7 @@ from helpers import SHAPES, make_batch, our_model, random_row, random_weights, s
 from extras.explain import DECODER, VISION, Trace, runs
 from generate import TINY, stream
 from load_weights import load_model
-from preprocess import Batch, Media, Processor, normalise, patchify
+from preprocess import Batch, Media, Processor, normalize, patchify
 from qwen2vl import get_rope_index
 
 EXAMPLES = TINY.parent.parent / "examples"
@@ -24,7 +24,7 @@ def clip(processor, frames, rows=4, cols=6, name="walk.mp4"):
         0, 256, (frames, rows, cols, 3), dtype=np.uint8
     )
     pixels = squares.repeat(side, axis=1).repeat(side, axis=2)
-    cut = patchify(normalise(pixels, processor.image_config), processor.image_config)
+    cut = patchify(normalize(pixels, processor.image_config), processor.image_config)
     return Media(*cut, name, (cols * side, rows * side), [n / 2 for n in range(frames)])
 
 

@@ -177,7 +177,7 @@ FAULTS = {
     "picture grids": in_the_code(
         preprocess, "smart_resize", lambda right: lambda h, w, *a: right(h - 30, w, *a)
     ),
-    "pixels": in_the_code(preprocess, "normalise", lambda right: lambda *a: right(*a) + np.float32(1e-6)),
+    "pixels": in_the_code(preprocess, "normalize", lambda right: lambda *a: right(*a) + np.float32(1e-6)),
     "patch embedding": in_the_model(lambda m: add(m.visual.patch_embed.proj.weight[3, 0, 0, 5, 5], 0.01)),
     "vision block 0": in_the_code(
         qwen2vl, "inverse_frequencies", lambda right: lambda width, theta, like: right(width, theta * 1.1, like)

@@ -208,7 +208,7 @@ def test_switched_off_steps_need_a_fitting_picture():
         ValueError, match=r"do_resize is off, but 61×83 \(height × width\) is no multiple of 28"
     ):
         preprocess_images([PICTURES["RGB"]], ImageConfig(do_resize=False))
-    with pytest.raises(ValueError, match="do_convert_rgb is off, but the picture's mode is CMYK"):
+    with pytest.raises(ValueError, match="do_convert_rgb is off, but the image's mode is CMYK"):
         preprocess_images([PICTURES["CMYK"]], ImageConfig(do_convert_rgb=False))
 
 
@@ -401,12 +401,6 @@ def test_unreadable_picture(tmp_path, kind):
         (b"\x89PNG", "cannot read the given bytes as an image: it has no format that Pillow knows"),
         (None, "expected a path, a URL, bytes or an open file, got NoneType"),
         (7, "expected a path, a URL, bytes or an open file, got int"),
-        (
-            np.zeros((4, 4, 3)),
-            r"an array must be uint8 \[height, width, 3\], not float64 \[4, 4, 3\]",
-        ),
-        (np.zeros((3, 4, 4), dtype=np.uint8), r"not uint8 \[3, 4, 4\]"),
-        (np.zeros((4, 4), dtype=np.uint8), r"not uint8 \[4, 4\]"),
     ],
 )
 def test_source_of_the_wrong_kind(source, said):

@@ -24,7 +24,7 @@ import qwen2vl
 from extras import report
 from generate import stream
 from media import load_image
-from preprocess import ImageConfig, normalise, patchify, resize
+from preprocess import ImageConfig, normalize, patchify, resize
 from qwen2vl import get_rope_index
 
 processor, tiny = test_explain.processor, test_explain.tiny  # the fixtures
@@ -131,7 +131,7 @@ def test_pictures_come_back_from_their_patches_to_the_bit(frames, tokens, tp, st
     config = ImageConfig(temporal_patch_size=tp, do_rescale=steps[0], do_normalize=steps[1])
     size = (frames, tokens[0] * 28, tokens[1] * 28, 3)
     pixels = np.random.default_rng(seed).integers(0, 256, size, dtype=np.uint8)
-    again = report.unpatchify(*patchify(normalise(pixels, config), config), config)
+    again = report.unpatchify(*patchify(normalize(pixels, config), config), config)
     assert (again[:frames] == pixels).all()
     assert (again[frames:] == pixels[-1]).all()  # the last one, repeated
 
