@@ -1,20 +1,21 @@
-"""Conversations in the layouts that people have → the messages that the tokenizer and the processor take.
+"""Conversations in the layouts that people have → the messages of tokenizer and processor.
 
-    [{"role": "user", "content": [{"type": "image", "image": source}, {"type": "text", "text": "…"}]}, …]
+    [{"role": "user", "content": [{"type": "image", "image": source}, …]}, …]
 
 is the form that comes out. What is read beside it, for images and likewise for videos:
 
-| layout                                                                         | written by               |
-|--------------------------------------------------------------------------------|--------------------------|
-| `{"messages": […], "images": [source, …]}`, a marker `<image>` for each        | ms-swift, LLaMA-Factory  |
-| the same with an item `{"type": "image"}` without a source for each            | TRL                      |
-| `{"conversations": [{"from": "human", "value": "<image>…"}], "image": source}` | ShareGPT, LLaVA          |
-| `{"role": "user", "content": "…", "images": [source or base64, …]}`            | Ollama                   |
-| `{"type": "image_url" or "input_image", "image_url": …}`, `video_url`          | OpenAI, vLLM             |
-| `{"type": "image", "source": {"type": "base64", "media_type": …, "data": …}}`  | Anthropic                |
+| layout | written by |
+|---|---|
+| `{"messages": […], "images": [source, …]}`, a marker `<image>` for each | ms-swift, LLaMA-Factory |
+| the same with an item `{"type": "image"}` without a source for each | TRL |
+| `{"conversations": [{"from": "human", "value": "<image>…"}], "image": source}` | ShareGPT, LLaVA |
+| `{"role": "user", "content": "…", "images": [source or base64, …]}` | Ollama |
+| `{"type": "image_url" or "input_image", "image_url": …}`, `video_url` | OpenAI, vLLM |
+| `{"type": "image", "source": {"type": "base64", "media_type": …, "data": …}}` | Anthropic |
 
-A value of null means that the key is absent. No image may be lost silently: a key that could carry media and is not
-read is an error, as is a number of images that does not match the number of their places.
+A value of null means that the key is absent. No image may be lost silently: a key that could carry
+media and is not read is an error, as is a number of images that does not match the number of their
+places.
 """
 
 import re
@@ -32,11 +33,13 @@ MESSAGE_KEYS = {"role", "content", "images", "image", "videos", "video"}
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}
 ROLES |= {"observation": "tool", "function_call": "assistant"}
 
-# A key that could carry media: one of these words in its name, such as "image_path", "inputAudio" or "video2".
-# What only describes media, such as "image_id" and "file_size", is harmless.
+# A key that could carry media: one of these words in its name, such as "image_path", "inputAudio"
+# or "video2". What only describes media, such as "image_id" and "file_size", is harmless.
 MEDIA_WORD = re.compile(
-    r"(?:^|[^a-z])(?:input)?(?:image|img|picture|pic|photo|screenshot|thumbnail|video|movie|clip|audio|sound|speech|"
-    r"frame|file|media|attachment|url|uri|path|pixel_values|inline_data|b64|base64|bytes|gif|png|jpe?g|webp|mp4)"
+    r"(?:^|[^a-z])(?:input)?"
+    r"(?:image|img|picture|pic|photo|screenshot|thumbnail|video|movie|clip|audio|sound|speech|"
+    r"frame|file|media|attachment|url|uri|path|pixel_values|inline_data|b64|base64|bytes|"
+    r"gif|png|jpe?g|webp|mp4)"
     r"(?:s|url|path|name|data|file)*"
     r"(?![a-z])"
 )
@@ -46,13 +49,16 @@ DESCRIPTION = re.compile(
 
 
 def read_conversation(line: list | dict) -> list[dict]:
-    """Return the messages of a conversation in any of the layouts above, each content a list of items.
+    """Return the messages of a conversation in any of the layouts above, each content a list of
+    items.
 
-    line: a list of messages, or an object with such a list under `messages` (or `conversations`). Sources of media
-    stay as they are given; none is opened. What this function has returned, it returns unchanged.
+    line: a list of messages, or an object with such a list under `messages` (or `conversations`).
+    Sources of media stay as they are given; none is opened. What this function has returned, it
+    returns unchanged.
 
-    Raises ValueError for a malformed message, for media that nothing here reads, and where the images (or videos)
-    are not as many as their markers. Without any marker they are located in front of the first user message.
+    Raises ValueError for a malformed message, for media that nothing here reads, and where the
+    images (or videos) are not as many as their markers. Without any marker they are located in
+    front of the first user message.
     """
     top = line if isinstance(line, dict) else {"messages": line}
     check_keys(top, LINE_KEYS, "the line")
@@ -78,7 +84,9 @@ def read_conversation(line: list | dict) -> list[dict]:
 
 
 def read_message(message: Any, number: int) -> dict:
-    """Return one message with its content as a list of items, its own `images` and `videos` among them."""
+    """Return one message with its content as a list of items, its own `images` and `videos` among
+    them.
+    """
     if isinstance(message, dict) and "from" in message and "role" not in message:
         message = from_sharegpt(message, number)
     where = f"message {number}"
@@ -129,7 +137,7 @@ def read_item(item: Any, where: str) -> dict:
 
 
 def anthropic_source(source: dict, item_type: object, where: str) -> str:
-    """Return the URL that a `source` object of an image item specifies: its own, or a `data:` URL."""
+    """Return the URL that a `source` object of an image item specifies, perhaps a `data:` URL."""
     if item_type == "image" and source.get("type") == "base64":
         return f"data:{source.get('media_type') or ''};base64,{source.get('data') or ''}"
     if item_type == "image" and source.get("type") == "url" and source.get("url"):
@@ -139,7 +147,9 @@ def anthropic_source(source: dict, item_type: object, where: str) -> str:
 
 
 def item_source(item: dict, kind: str) -> Any:
-    """Return what an image or video item names as its source, None if nothing. Raises ValueError for two."""
+    """Return what an image or video item names as its source, None if nothing. Raises ValueError
+    for two.
+    """
     named = [key for key in SOURCE_KEYS[kind] if item.get(key) is not None]
     if len(named) > 1:
         raise ValueError(f"expected one source of an {kind} item, got {' and '.join(named)}")
@@ -149,7 +159,9 @@ def item_source(item: dict, kind: str) -> Any:
 
 
 def media_source(value: Any) -> Any:
-    """Return a source as it is, or that inside `{"url": …}` (OpenAI) or `{"bytes": …, "path": …}` (datasets)."""
+    """Return a source as it is, or that inside `{"url": …}` (OpenAI) or `{"bytes": …, "path": …}`
+    (datasets).
+    """
     if not isinstance(value, dict):
         return value
     for key in ("bytes", "url", "path"):
@@ -159,7 +171,9 @@ def media_source(value: Any) -> Any:
 
 
 def listed_sources(mapping: dict, kind: str, where: str) -> list | None:
-    """Return the sources under `images` or `image` (`videos`, `video`) of a line or message; None without them."""
+    """Return the sources under `images` or `image` (`videos`, `video`) of a line or message; None
+    without them.
+    """
     named = [key for key in (f"{kind}s", kind) if mapping.get(key) is not None]
     if not named:
         return None
@@ -177,9 +191,11 @@ def listed_sources(mapping: dict, kind: str, where: str) -> list | None:
 
 
 def place_media(messages: list[dict], kind: str, sources: list, where: str) -> None:
-    """Give each source its place in the messages, in order: an item without a source, or a marker in the text.
+    """Give each source its place in the messages, in order: an item without a source, or a marker
+    in the text.
 
-    Without any place they are put in front of the first user message. Raises ValueError if the numbers differ.
+    Without any place they are put in front of the first user message. Raises ValueError if the
+    numbers differ.
     """
     items = [item for message in messages for item in message["content"]]
     empty = sum(is_place(item, kind) for item in items)
@@ -209,7 +225,9 @@ def place_media(messages: list[dict], kind: str, sources: list, where: str) -> N
 
 
 def put_in_front(messages: list[dict], kind: str, sources: list, where: str) -> None:
-    """Put media that have no place in front of the first user message, or of the first message without one."""
+    """Put media that have no place in front of the first user message, or of the first message
+    without one.
+    """
     if not sources:
         return
     if not messages:
@@ -260,7 +278,7 @@ def names_media(key: str) -> bool:
 
 
 def warn_about_markers(messages: list[dict]) -> None:
-    """Warn of a conversation that has a marker in its text but no image (or video): it stays text."""
+    """Warn of a marker in the text of a conversation without an image (or video)."""
     items = [item for message in messages for item in message["content"]]
     for kind, marker in MARKERS.items():
         texts = [item["text"] for item in items if content_kind(item) == "text"]

@@ -3,9 +3,10 @@
     source ── open_media ──> path or open file (video.py decodes it)
     source ── load_image ──> Pillow image, upright ── to_rgb ──> RGB
 
-Everything that comes from outside enters through these functions, so each turns whatever a server or a decoder
-raises into one sentence that names the source. A source that is sound but is not used in full (later frames, values
-beyond 8 bits, an orientation that cannot be read) costs one warning that names it.
+Everything that comes from outside enters through these functions, so each turns whatever a server
+or a decoder raises into one sentence that names the source. A source that is sound but is not used
+in full (later frames, values beyond 8 bits, an orientation that cannot be read) costs one warning
+that names it.
 """
 
 import base64
@@ -38,17 +39,30 @@ IMAGE_FORMATS += ("ICO", "ICNS", "QOI", "PSD", "DDS", "PCX", "SGI", "DIB", "TGA"
 
 # What a file is that is no image, by how it begins (after white space). The dots skip a length.
 OTHER_FILES = (
-    (rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "HEIC is not supported by Pillow; convert it to JPEG or PNG"),
+    (
+        rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)",
+        "HEIC is not supported by Pillow; convert it to JPEG or PNG",
+    ),
     (rb".{4}ftypavi[fs]", "this build of Pillow does not support AVIF; convert it to JPEG or PNG"),
     (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV", "it is a video; pass it as a video (--video)"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not opened as an image; convert it to PNG"),
     (rb"%PDF", "it is a PDF; convert its pages to PNG"),
-    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<svg", "it is an SVG drawing; convert it to PNG"),
-    (rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html", "it is a web page (HTML), not an image"),
-    (rb"version https://git-lfs", "it is a Git LFS pointer; run git lfs pull to get the image itself"),
-)  # fmt: skip
+    (
+        rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?(<!doctype svg[^>]*>\s*)?<svg",
+        "it is an SVG drawing; convert it to PNG",
+    ),
+    (
+        rb"(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype )?html",
+        "it is a web page (HTML), not an image",
+    ),
+    (
+        rb"version https://git-lfs",
+        "it is a Git LFS pointer; run git lfs pull to get the image itself",
+    ),
+)
 
-# EXIF orientation (tag 0x0112) → how the stored pixels are transposed to be upright; 1 is upright already.
+# EXIF orientation (tag 0x0112) → how the stored pixels are transposed to be upright; 1 is upright
+# already.
 ORIENTATION_TAG = 0x0112
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -61,14 +75,16 @@ TRANSPOSITIONS = {
 }
 METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of Image.info
 
-# Pillow warns about an image of more than MAX_IMAGE_PIXELS (89 million) and refuses one of twice as many. A photo of
-# 100 million pixels is fine; the refusal stays, as one sentence.
+# Pillow warns about an image of more than MAX_IMAGE_PIXELS (89 million) and refuses one of twice as
+# many. A photo of 100 million pixels is fine; the refusal stays, as one sentence.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-# ---------------------------------------------------------------------------------------------------- sources
+# ------------------------------------------------------------------------------------------ sources
 def source_name(source: object) -> str:
-    """Return what to call a source in a message: its path or URL, shortened, or the type of the object."""
+    """Return what to call a source in a message: its path or URL, shortened, or the type of the
+    object.
+    """
     if isinstance(source, str | Path):
         return one_line(str(source)[:200])
     return f"the given {type(source).__name__}"
@@ -90,8 +106,9 @@ def error_reason(error: BaseException) -> str:
 def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
     """Return the path of the file that a source names, or an open binary file with its content.
 
-    source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open binary file. A path is
-    taken literally: `~` is not expanded. Raises ValueError or OSError with one sentence naming the source.
+    source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open
+    binary file. A path is taken literally: `~` is not expanded. Raises ValueError or OSError with
+    one sentence naming the source.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(source)
@@ -115,9 +132,10 @@ def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
 def file_url_path(url: str, windows: bool = os.name == "nt") -> str:
     """Return the path that a `file://` URL names (RFC 8089).
 
-    The host `localhost` is dropped. Where a URL has no third slash, as in `file://examples/shapes.png`, the rest is
-    a relative path, as in qwen-vl-utils 0.0.14. On Windows `file:///C:/x.png` is C:/x.png, and a host names a share.
-    Percent signs are decoded, unless only the path as it is written exists.
+    The host `localhost` is dropped. Where a URL has no third slash, as in
+    `file://examples/shapes.png`, the rest is a relative path, as in qwen-vl-utils 0.0.14. On
+    Windows `file:///C:/x.png` is C:/x.png, and a host names a share. Percent signs are decoded,
+    unless only the path as it is written exists.
     """
     written = url[len("file://") :]
     if written.lower().startswith("localhost/"):
@@ -133,9 +151,11 @@ def file_url_path(url: str, windows: bool = os.name == "nt") -> str:
 
 
 def check_regular_file(path: str) -> None:
-    """Raise ValueError for a directory, pipe, device or socket, which would block or never end when it is read.
+    """Raise ValueError for a directory, pipe, device or socket, which would block or never end when
+    it is read.
 
-    Raises FileNotFoundError, and OSError or ValueError, where the file system does not have the path.
+    Raises FileNotFoundError, and OSError or ValueError, where the file system does not have the
+    path.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -147,8 +167,8 @@ def check_regular_file(path: str) -> None:
 def decode_base64(text: str | bytes) -> bytes:
     """Return the bytes of a base64 text, with the standard or the URL-safe alphabet.
 
-    White space is ignored; in the URL-safe alphabet the padding at the end may be missing (RFC 4648, 5).
-    Raises ValueError for anything else.
+    White space is ignored; in the URL-safe alphabet the padding at the end may be missing (RFC
+    4648, 5). Raises ValueError for anything else.
     """
     raw = text.encode("ascii") if isinstance(text, str) else text
     raw = b"".join(raw.split())
@@ -179,8 +199,9 @@ def read_data_url(url: str) -> BinaryIO:
 def bare_base64(text: str) -> bytes | None:
     """Return the image whose bytes a text holds in base64 without `data:` in front, or None.
 
-    The reference takes such a text for an image wherever no file has that name (transformers 5.23.0, `load_image`).
-    Here it must also be long and begin as an image file does, so that a misspelled path stays a path.
+    The reference takes such a text for an image wherever no file has that name (transformers
+    5.23.0, `load_image`). Here it must also be long and begin as an image file does, so that a
+    misspelled path stays a path.
     """
     if len(text) < 64:
         return None
@@ -192,7 +213,7 @@ def bare_base64(text: str) -> bytes | None:
     return data if data.startswith(begins) or data[4:8] == b"ftyp" else None
 
 
-# --------------------------------------------------------------------------------------------------- download
+# ----------------------------------------------------------------------------------------- download
 class Refused(ValueError):
     """A response that is not used: its status is not 200, or it is too large."""
 
@@ -203,11 +224,13 @@ def download(
     deadline: float | None = None,
     max_bytes: int | None = None,
 ) -> BinaryIO:
-    """Download an `http(s)://` URL into an open file that can be read and seeked. Redirects are followed.
+    """Download an `http(s)://` URL into an open file that can be read and seeked. Redirects are
+    followed.
 
-    timeout: seconds without a byte; deadline: seconds in all; max_bytes: of the content. The defaults are the
-    constants above. Raises ValueError for a malformed URL, a status other than 200 and more than max_bytes;
-    OSError (TimeoutError) if the server cannot be reached, is silent, is too slow or breaks the protocol.
+    timeout: seconds without a byte; deadline: seconds in all; max_bytes: of the content. The
+    defaults are the constants above. Raises ValueError for a malformed URL, a status other than 200
+    and more than max_bytes; OSError (TimeoutError) if the server cannot be reached, is silent, is
+    too slow or breaks the protocol.
     """
     import httpx2  # takes a while to import, and files do not need it
 
@@ -253,15 +276,18 @@ def too_large(name: str, max_bytes: int) -> Refused:
     return Refused(f"{name} holds more than {size}; download it and give the file")
 
 
-# ----------------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 def load_image(source: Any) -> Image.Image:
-    """Open an image: anything `open_media` takes, bare base64, a Pillow image, an array or a tensor.
+    """Open an image: anything `open_media` takes, bare base64, a Pillow image, an array or a
+    tensor.
 
-    An image from a file is rotated upright as its EXIF (or XMP) orientation specifies; a Pillow image is taken as it
-    is, and so is its mode: `to_rgb` comes later. Arrays and tensors: see `array_to_image`.
+    An image from a file is rotated upright as its EXIF (or XMP) orientation specifies; a Pillow
+    image is taken as it is, and so is its mode: `to_rgb` comes later. Arrays and tensors: see
+    `array_to_image`.
 
-    Raises FileNotFoundError or ValueError with one sentence naming the source. Warns where only a part is used: the
-    first of several frames or pages, values clipped to 8 bits, an orientation that cannot be read.
+    Raises FileNotFoundError or ValueError with one sentence naming the source. Warns where only a
+    part is used: the first of several frames or pages, values clipped to 8 bits, an orientation
+    that cannot be read.
     """
     name = source_name(source)
     if isinstance(source, Image.Image):
@@ -284,7 +310,8 @@ def load_pillow_image(image: Image.Image, name: str) -> Image.Image:
 
 
 def read_image(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
-    """Decode an image file upright. Where it fails with damaged metadata, decode it without its metadata.
+    """Decode an image file upright. Where it fails with damaged metadata, decode it without its
+    metadata.
 
     This is the boundary around Pillow's decoders, which raise nearly anything for a damaged file.
     """
@@ -322,7 +349,9 @@ def existing_file(path: str, name: str) -> str | BinaryIO:
 
 
 def decode_image(file: str | BinaryIO, name: str) -> Image.Image:
-    """Decode the first frame with Pillow, as a copy, so that the file has been read and may be closed."""
+    """Decode the first frame with Pillow, as a copy, so that the file has been read and may be
+    closed.
+    """
     Image.init()
     formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
     with Image.open(file, formats=formats) as opened:
@@ -333,10 +362,12 @@ def decode_image(file: str | BinaryIO, name: str) -> Image.Image:
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
-    """Return a copy of a decoded image, rotated or mirrored as its EXIF or XMP orientation specifies.
+    """Return a copy of a decoded image, rotated or mirrored as its EXIF or XMP orientation
+    specifies.
 
-    Damaged metadata cost the orientation at most: the image is then taken as it is stored, with a warning. An
-    orientation other than 2 to 8 means upright. Source of the table: Pillow, `ImageOps.exif_transpose`.
+    Damaged metadata cost the orientation at most: the image is then taken as it is stored, with a
+    warning. An orientation other than 2 to 8 means upright. Source of the table: Pillow,
+    `ImageOps.exif_transpose`.
     """
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
@@ -356,7 +387,8 @@ def upright(image: Image.Image, name: str) -> Image.Image:
 def warn_about_frames(image: Image.Image, name: str) -> None:
     """Warn where a file holds more frames or pages than the first, which alone is used.
 
-    Not for MPO, whose further images are previews or depth maps of the same photo, and PSD, whose frames are layers.
+    Not for MPO, whose further images are previews or depth maps of the same photo, and PSD, whose
+    frames are layers.
     """
     if image.format in ("MPO", "PSD"):
         return
@@ -421,7 +453,8 @@ def file_bytes(file: str | BinaryIO, size: int = -1) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB; transparency is composited on white, and 16 bits are clipped to 255.
+    """Convert any Pillow mode to RGB; transparency is composited on white, and 16 bits are clipped
+    to 255.
 
     Source: transformers 5.23.0, `convert_to_rgb`.
     """
@@ -433,9 +466,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-# ----------------------------------------------------------------------------------------- arrays and tensors
+# ------------------------------------------------------------------------------- arrays and tensors
 def array_to_image(source: Any) -> Image.Image:
-    """Convert an array or tensor (anything with `__array__`, on any device, with or without grad) to an image.
+    """Convert an array or tensor (anything with `__array__`, on any device, with or without grad)
+    to an image.
 
     | shape                          | meaning                                             |
     |--------------------------------|-----------------------------------------------------|
@@ -452,7 +486,8 @@ def array_to_image(source: Any) -> Image.Image:
     | other integers | 0…255          | themselves                                         |
     | any            | others, or NaN | ValueError (16 bits, 0…255 floats, normalized, …)  |
 
-    (The reference divides floats of 0…1 by 255 once more; here they are the levels that they stand for.)
+    (The reference divides floats of 0…1 by 255 once more; here they are the levels that they stand
+    for.)
     """
     kind = type(source).__name__
     try:
@@ -477,8 +512,11 @@ def to_numpy(source: Any) -> np.ndarray:
 
 
 def channels_last(array: np.ndarray, found: str) -> np.ndarray:
-    """Return [H, W], HWC or CHW as [H, W, C] with C = 1, 3 or 4. Raises ValueError where that is unclear."""
-    expected = "expected one image, [height, width], [height, width, channels] or [channels, height, width]"
+    """Return [H, W], HWC or CHW as [H, W, C] with C = 1, 3 or 4. Raises ValueError where that is
+    unclear.
+    """
+    expected = "expected one image, [height, width], [height, width, channels] or "
+    expected += "[channels, height, width]"
     if array.ndim not in (2, 3):
         raise ValueError(f"{expected}, got {found}")
     if array.size == 0:
@@ -497,7 +535,9 @@ def channels_last(array: np.ndarray, found: str) -> np.ndarray:
 
 
 def to_levels(array: np.ndarray, found: str) -> np.ndarray:
-    """Return an array of any numeric dtype as uint8 levels. Raises ValueError where its range is unclear."""
+    """Return an array of any numeric dtype as uint8 levels. Raises ValueError where its range is
+    unclear.
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype == bool:
@@ -519,7 +559,7 @@ def to_levels(array: np.ndarray, found: str) -> np.ndarray:
     return np.round(array.astype(np.float64) * 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------- damaged metadata
+# --------------------------------------------------------------------------------- damaged metadata
 JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1…13 and 15, comments; APP14 specifies colors
 # The chunks and tags that specify how pixels are stored:
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
@@ -528,7 +568,9 @@ TIFF_PIXELS |= {322, 323, 324, 325, 338, 339, 347, 529, 530, 532}
 
 
 def decode_without_metadata(file: str | BinaryIO, name: str) -> Image.Image | None:
-    """Decode an image whose file as a whole cannot be decoded from its pixel data alone; None if that fails too."""
+    """Decode an image whose file as a whole cannot be decoded from its pixel data alone; None if
+    that fails too.
+    """
     try:
         stripped = without_metadata(file_bytes(file))
         if stripped is None:
@@ -542,7 +584,9 @@ def decode_without_metadata(file: str | BinaryIO, name: str) -> Image.Image | No
 
 
 def without_metadata(data: bytes) -> bytes | None:
-    """Return an image file without what its pixels do not need (EXIF, XMP, text, color profiles), or None."""
+    """Return an image file without what its pixels do not need (EXIF, XMP, text, color profiles),
+    or None.
+    """
     if data.startswith(b"\xff\xd8\xff"):
         return without_jpeg_metadata(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -587,7 +631,9 @@ def without_png_metadata(data: bytes) -> bytes:
 
 
 def without_tiff_metadata(data: bytes) -> bytes:
-    """Return a TIFF file whose first directory holds the tags of TIFF_PIXELS alone and is the only one."""
+    """Return a TIFF file whose first directory holds the tags of TIFF_PIXELS alone and is the only
+    one.
+    """
     order = "<" if data.startswith(b"II") else ">"
     (start,) = struct.unpack_from(f"{order}I", data, 4)
     (count,) = struct.unpack_from(f"{order}H", data, start)

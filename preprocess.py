@@ -1,13 +1,15 @@
 """Images, videos and conversations → one batch of arrays for the model.
 
-An image of any size is resized so that both sides are multiples of 28 and its area stays within bounds, then cut
-into 14×14 patches; nothing is cropped or padded, so large images simply become more tokens ("naive dynamic
-resolution", arXiv 2409.12191, section 2.1). Four neighboring patches (2×2) will become one token of the prompt.
+An image of any size is resized so that both sides are multiples of 28 and its area stays within
+bounds, then cut into 14×14 patches; nothing is cropped or padded, so large images simply become
+more tokens ("naive dynamic resolution", arXiv 2409.12191, section 2.1). Four neighboring patches
+(2×2) will become one token of the prompt.
 
 Letters in the shape comments:
     B conversations, S tokens of the longest one, N patches of all images together
     F frames, H and W pixels, C color channels
-    gt, gh, gw patches along time, height and width (the grid); tp, p one patch's frames and side; m the merge size
+    gt, gh, gw patches along time, height and width (the grid)
+    tp, p frames and side of one patch; m the merge size
 """
 
 import math
@@ -27,7 +29,8 @@ from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer, content_kin
 
 Grid = tuple[int, int, int]  # (gt, gh, gw)
 
-# What a preprocessor_config.json may hold in addition to the fields below, and what changes no pixel.
+# What a preprocessor_config.json may hold in addition to the fields below, and what changes no
+# pixel.
 INERT_FIELDS = {"image_processor_type", "video_processor_type", "feature_extractor_type"}
 INERT_FIELDS |= {"processor_class", "auto_map", "data_format", "input_data_format"}
 INERT_FIELDS |= {"default_to_square", "disable_grouping"}
@@ -38,7 +41,8 @@ SIZE_FIELDS |= {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 
 @dataclass
 class ImageConfig:
-    """How images become patches: the fields of `preprocessor_config.json`, with the reference's defaults.
+    """How images become patches: the fields of `preprocessor_config.json`, with the reference's
+    defaults.
 
     Raises ValueError for a value that no image could be preprocessed with.
     """
@@ -67,16 +71,17 @@ class ImageConfig:
 
     @property
     def factor(self) -> int:
-        """The side of one token in pixels, 28: both sides of a resized image are multiples of it."""
+        """The side of one token in pixels, 28: the sides of a resized image are multiples."""
         return self.patch_size * self.merge_size
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
-        """Read `preprocessor_config.json`, or `processor_config.json` where transformers 5 has written that.
+        """Read `preprocessor_config.json`, or `processor_config.json` where transformers 5 has
+        written that.
 
-        A `video_preprocessor_config.json` is not read: the size of frames follows qwen-vl-utils (`load_video`).
-        Warns about a field that is set but means nothing here. Raises FileNotFoundError, or ValueError that names
-        the file and the field.
+        A `video_preprocessor_config.json` is not read: the size of frames follows qwen-vl-utils
+        (`load_video`). Warns about a field that is set but means nothing here. Raises
+        FileNotFoundError, or ValueError that names the file and the field.
         """
         path = Path(folder) / "processor_config.json"
         settings = None
@@ -128,7 +133,9 @@ def whole(value: Any) -> Any:
 
 
 def check_setting(name: str, kind: type, value: Any) -> None:
-    """Raise ValueError if an image setting is not of its kind: a flag, a count, a factor or one number a channel."""
+    """Raise ValueError if an image setting is not of its kind: a flag, a count, a factor or one
+    number a channel.
+    """
     if kind is bool:
         if not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.80}, expected true or false")
@@ -175,8 +182,9 @@ def smart_resize(
 ) -> tuple[int, int]:
     """Return the size in pixels, (height, width), to which an image of height × width is resized.
 
-    Both sides are multiples of `factor`, their product lies within the bounds where that is possible, and the
-    proportions stay as close as the grid allows. Source: transformers 5.23.0, `smart_resize`.
+    Both sides are multiples of `factor`, their product lies within the bounds where that is
+    possible, and the proportions stay as close as the grid allows. Source: transformers 5.23.0,
+    `smart_resize`.
 
     Raises ValueError when one side is more than 200 times the other, or is not positive.
     """
@@ -188,7 +196,8 @@ def smart_resize(
         raise ValueError(
             f"one side is more than 200 times the other: {height}×{width} (height × width)"
         )
-    # round() goes to the even multiple at a tie: 70/28 = 2.5 becomes 2 (56 pixels), and 14/28 becomes 0.
+    # round() goes to the even multiple at a tie: 70/28 = 2.5 becomes 2 (56 pixels), and 14/28
+    # becomes 0.
     new_height = round(height / factor) * factor
     new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:
@@ -227,7 +236,9 @@ def load_video(source: object, config: ImageConfig | None = None, **options: flo
 
 
 def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
-    """Return one image as RGB, uint8 [H, W, 3], resized so that both sides are multiples of `config.factor`."""
+    """Return one image as RGB, uint8 [H, W, 3], resized so that both sides are multiples of
+    `config.factor`.
+    """
     if config.do_convert_rgb:
         image = to_rgb(image)
     elif image.mode != "RGB":
@@ -244,10 +255,12 @@ def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
 
 
 def normalize(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
-    """Return frames, uint8 [F, H, W, 3], as float32 of the same shape: rescaled to 0…1, minus mean, divided by std.
+    """Return frames, uint8 [F, H, W, 3], as float32 of the same shape: rescaled to 0…1, minus mean,
+    divided by std.
 
-    Rescaled in float64 and normalized in float32: in one precision throughout, the last bit would differ from the
-    reference's in some of the levels. Source: transformers 5.23.0, `rescale` and `normalize`.
+    Rescaled in float64 and normalized in float32: in one precision throughout, the last bit would
+    differ from the reference's in some of the levels. Source: transformers 5.23.0, `rescale` and
+    `normalize`.
     """
     scale = np.float64(config.rescale_factor)
     mean = np.float32(config.image_mean)
@@ -264,11 +277,13 @@ def normalize(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
 
 
 def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
-    """Return frames [F, H, W, 3] as patches [N, 3*tp*p*p], N = gt*gh*gw, and their grid (gt, gh, gw).
+    """Return frames [F, H, W, 3] as patches [N, 3*tp*p*p], N = gt*gh*gw, and their grid (gt, gh,
+    gw).
 
-    The patches are not in reading order: the 2×2 that will become one token follow each other, token by token,
-    so that the model can merge them with a mere reshape. A patch's values run over (channel, frame, y, x).
-    Source: transformers 5.23.0, `patchify` of the image and of the video processor.
+    The patches are not in reading order: the 2×2 that will become one token follow each other,
+    token by token, so that the model can merge them with a mere reshape. A patch's values run over
+    (channel, frame, y, x). Source: transformers 5.23.0, `patchify` of the image and of the video
+    processor.
     """
     tp = config.temporal_patch_size
     p = config.patch_size
@@ -284,7 +299,9 @@ def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]
 
 
 def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
-    """Return the frames of one video, or one image in a list, as patches float32 [N, 3*tp*p*p] and their grid."""
+    """Return the frames of one video, or one image in a list, as patches float32 [N, 3*tp*p*p] and
+    their grid.
+    """
     resized = [resize(load_image(frame), config) for frame in frames]
     sizes = {frame.shape[:2] for frame in resized}
     if len(sizes) != 1:
@@ -295,7 +312,9 @@ def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, 
 
 
 def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarray]:
-    """Concatenate the patches of several images or videos; the grids, int64 [n, 3], tell them apart."""
+    """Concatenate the patches of several images or videos; the grids, int64 [n, 3], tell them
+    apart.
+    """
     if not clips:
         raise ValueError("there is nothing to preprocess: the list is empty")
     patches = np.concatenate([patches for patches, _ in clips])
@@ -306,20 +325,24 @@ def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarr
 def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
     """Return (pixel_values, image_grid_thw) of images, each anything that `load_image` takes.
 
-    pixel_values is float32 [N, 3*tp*p*p] (1176 columns in the published models), the patches of all images one
-    after the other; image_grid_thw is int64 [images, 3], each image's (1, gh, gw) in patches.
+    pixel_values is float32 [N, 3*tp*p*p] (1176 columns in the published models), the patches of all
+    images one after the other; image_grid_thw is int64 [images, 3], each image's (1, gh, gw) in
+    patches.
 
-    Bit-identical to transformers 5.23.0, `Qwen2VLImageProcessorPil`, on the same Pillow version only: Pillow 13
-    changed the last bits of its resize. The torchvision processor, which transformers prefers where torchvision
-    is installed, differs from both by about one level of 256 in under 1 % of the values.
+    Bit-identical to transformers 5.23.0, `Qwen2VLImageProcessorPil`, on the same Pillow version
+    only: Pillow 13 changed the last bits of its resize. The torchvision processor, which
+    transformers prefers where torchvision is installed, differs from both by about one level of 256
+    in under 1 % of the values.
     """
     return join([preprocess_clip([image], config) for image in images])
 
 
 def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Return (pixel_values_videos, video_grid_thw) of videos, each a list of images or uint8 [F, H, W, 3].
+    """Return (pixel_values_videos, video_grid_thw) of videos, each a list of images or uint8 [F, H,
+    W, 3].
 
-    As for images, with the same bounds on the pixels of every frame; a video's grid has gt = ceil(F / tp).
+    As for images, with the same bounds on the pixels of every frame; a video's grid has gt = ceil(F
+    / tp).
     """
     return join([preprocess_clip(frames, config) for frames in videos])
 
@@ -358,7 +381,9 @@ class Media:
 
 @dataclass
 class Batch:
-    """What the model takes, as numpy arrays. The vision fields are None when no sequence has such media."""
+    """What the model takes, as numpy arrays. The vision fields are None when no sequence has such
+    media.
+    """
 
     input_ids: np.ndarray  # int64 [B, S], padded on the left
     attention_mask: np.ndarray  # int64 [B, S], 0 where padded, else 1
@@ -374,7 +399,8 @@ class Batch:
 
 
 class Processor:
-    """Conversations → Batch: read the media, encode the prompts, expand their placeholders to vision tokens.
+    """Conversations → Batch: read the media, encode the prompts, expand their placeholders to
+    vision tokens.
 
     A call changes nothing in the processor, so that threads can share one.
     """
@@ -392,8 +418,8 @@ class Processor:
     ) -> "Processor":
         """Read tokenizer and image settings of a checkpoint directory.
 
-        Bounds given here replace the directory's for images, and the usual ones for the frames of a video.
-        Raises FileNotFoundError or ValueError.
+        Bounds given here replace the directory's for images, and the usual ones for the frames of a
+        video. Raises FileNotFoundError or ValueError.
         """
         bounds = {}
         if min_pixels is not None:
@@ -405,7 +431,8 @@ class Processor:
         return cls(tokenizer, image_config, bounds)
 
     def check_model(self, config: Any) -> None:
-        """Raise ValueError where the processor's token ids or patch sizes contradict a model's `Config`.
+        """Raise ValueError where the processor's token ids or patch sizes contradict a model's
+        `Config`.
 
         They can where a model is used with the processor of another checkpoint.
         """
@@ -425,11 +452,13 @@ class Processor:
     ) -> Batch:
         """Return the Batch of one conversation or of a list of conversations, a sequence each.
 
-        A conversation is a list of messages, or an object that `read_conversation` takes. Each image and video in it
-        is read by `prepare`, or was already (its source is then the Media). What a message contains is text, also
-        where it spells a special token (`Tokenizer.encode_chat`).
+        A conversation is a list of messages, or an object that `read_conversation` takes. Each
+        image and video in it is read by `prepare`, or was already (its source is then the Media).
+        What a message contains is text, also where it spells a special token
+        (`Tokenizer.encode_chat`).
 
-        Raises ValueError or FileNotFoundError for a malformed message and for media that cannot be read.
+        Raises ValueError or FileNotFoundError for a malformed message and for media that cannot be
+        read.
         """
         if not isinstance(conversations, list | tuple) or not conversations:
             raise ValueError(
@@ -471,10 +500,11 @@ class Processor:
     def prepare(self, item: dict) -> Media:
         """Read the image or video of one content item.
 
-        An image is located under `image`, `image_url` (also as {"url": ...}), `url` or `path` and is anything that
-        `load_image` takes; a video under `video` (or `url`, `path`) and is anything that `load_video` takes. The
-        item's own `min_pixels` and `max_pixels`, `resized_height` and `resized_width`, and for a video all of
-        VIDEO_OPTIONS, mean what they mean to qwen-vl-utils 0.0.14.
+        An image is located under `image`, `image_url` (also as {"url": ...}), `url` or `path` and
+        is anything that `load_image` takes; a video under `video` (or `url`, `path`) and is
+        anything that `load_video` takes. The item's own `min_pixels` and `max_pixels`,
+        `resized_height` and `resized_width`, and for a video all of VIDEO_OPTIONS, mean what they
+        mean to qwen-vl-utils 0.0.14.
 
         Raises ValueError or FileNotFoundError with one sentence naming the source.
         """
@@ -516,7 +546,9 @@ class Processor:
         return Media(patches, grid, source_name(source), size)
 
     def _expand(self, ids: list[int], pad: str, media: list[Media]) -> list[int]:
-        """Return ids with the n-th placeholder repeated once for each token of the n-th image or video."""
+        """Return ids with the n-th placeholder repeated once for each token of the n-th image or
+        video.
+        """
         pad_id = self.tokenizer.token_id(pad)
         if ids.count(pad_id) != len(media):
             raise ValueError(f"expected {len(media)} {pad} in the prompt, got {ids.count(pad_id)}")
@@ -532,7 +564,8 @@ class Processor:
     def _pad(self, sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return input_ids and attention_mask, int64 [B, S].
 
-        Padded on the left, so that each sequence's last token is in the last column, where generation continues.
+        Padded on the left, so that each sequence's last token is in the last column, where
+        generation continues.
         """
         longest = max(len(ids) for ids in sequences)
         shape = len(sequences), longest

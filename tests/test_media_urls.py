@@ -2,6 +2,7 @@
 
 import base64
 import io
+import ssl
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,6 +39,12 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, content, length=False)
         elif self.path == "/words":
             self.reply(200, b"no picture")
+        elif self.path == "/page":
+            self.reply(200, b"<!DOCTYPE html><html><body>Log in first</body></html>")
+        elif self.path == "/strange":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n")
+        elif self.path == "/garbage":
+            self.wfile.write(b"\x00\xff nothing of HTTP\r\n\r\n")
         elif self.path == "/silent":
             self.over.wait()
         elif self.path == "/cut":
@@ -74,6 +81,7 @@ def server():
 def sources(server):
     content = SHAPES.read_bytes()
     encoded = base64.b64encode(content).decode()
+    urlsafe = base64.urlsafe_b64encode(content).decode()
     return {
         "path": SHAPES,
         "path as text": str(SHAPES),
@@ -83,6 +91,12 @@ def sources(server):
         "file object": io.BytesIO(content),
         "base64": f"data:image/png;base64,{encoded}",
         "base64 without a type": f"data:;base64,{encoded}",
+        "base64 with parameters": f"data:image/png;name=a.png;charset=utf-8;base64,{encoded}",
+        "base64 with white space": f"DATA:image/png; base64,{encoded[:99]}\n  {encoded[99:]}\r\n",
+        "base64 with percent signs": f"data:image/png;base64,{quote(encoded, safe='')}",
+        "base64 of URLs": f"data:image/png;base64,{urlsafe.rstrip('=')}",
+        "bare base64": encoded,
+        "scheme in capitals": f"HTTP{server.removeprefix('http')}/shapes.png",
         "percent signs": f"data:image/png,{quote(content)}",
         "http": f"{server}/shapes.png",
         "http, moved": f"{server}/moved",
@@ -122,6 +136,9 @@ def test_an_open_file_is_read_from_its_beginning_and_stays_open():
     [
         ("/nowhere.png", ValueError, "nowhere.png was answered with 404 Not Found"),
         ("/words", ValueError, "/words as an image: it has no format that Pillow knows"),
+        ("/page", ValueError, "/page as an image: it is a web page"),
+        ("/strange", OSError, "cannot fetch http://127.0.0.1"),
+        ("/garbage", OSError, "cannot fetch http://127.0.0.1"),
         ("/cut", OSError, "cannot fetch http://127.0.0.1"),
         ("/round", OSError, "cannot fetch http://127.0.0.1"),
     ],
@@ -180,3 +197,21 @@ def test_a_large_answer_goes_to_a_temporary_file(server, monkeypatch):
     with media.download(f"{server}/shapes.png") as file:
         assert file._rolled
         assert file.read() == SHAPES.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error", [UnicodeError("x"), ssl.SSLError("x"), RuntimeError("x"), OSError(28, "No space left")]
+)
+def test_any_exception_of_a_download_is_one_sentence(server, monkeypatch, error):
+    def fail(self, *arguments, **more):
+        raise error
+
+    monkeypatch.setattr(httpx2.Response, "iter_bytes", fail)
+    with pytest.raises(OSError, match=r"cannot fetch http://127\.0\.0\.1.*: .+"):
+        media.download(f"{server}/shapes.png")
+
+
+@pytest.mark.parametrize("url", ["http://a b/x.png", "http://\udc80/x.png"])
+def test_host_that_cannot_be_encoded_is_one_sentence(url):
+    with pytest.raises((ValueError, OSError), match=r"URL|fetch"):
+        media.download(url, timeout=0.5)

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
     smart_resize as reference_smart_resize,
 )
 
+import generate as command
 from media import load_image, to_rgb
 from preprocess import (
     ImageConfig,
@@ -715,3 +718,128 @@ def test_placeholders_in_a_text_take_no_picture(processor):
         number = (typed.input_ids == processor.tokenizer.token_id(name)).sum(1)
         assert number.tolist() == ([0, 0] if "video" in name else [2, 2])
     assert "<|image_pad|><|video_pad|><|im_end|>" in processor.tokenizer.decode(typed.input_ids[0])
+
+
+def test_more_placeholders_than_media_are_an_error(processor):
+    ids = [processor.tokenizer.token_id("<|image_pad|>")]
+    with pytest.raises(ValueError, match=r"expected 0 <\|image_pad\|> in the prompt, got 1"):
+        processor._expand(ids, "<|image_pad|>", [])
+
+
+def test_threads_share_a_processor(processor, tmp_path):
+    """Eight threads get the batches that one thread gets, each with its own images and text."""
+    conversations = []
+    for number in range(8):
+        path = tmp_path / f"{number}.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = number + 1
+        Image.fromarray(colours(60 + number, 90)).save(path, exif=exif)
+        conversations.append(ask({"type": "image", "image": path}, text=f"{number}<|im_end|>"))
+    expected = [processor(messages) for messages in conversations]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(processor, conversations * 4))
+    for number, batch in enumerate(found):
+        assert_same_bits(batch.input_ids, expected[number % 8].input_ids)
+        assert_same_bits(batch.pixel_values, expected[number % 8].pixel_values)
+
+
+# --- malformed settings, and the processor of another checkpoint ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"size": 448}, "size is 448, expected shortest_edge"),
+        ({"size": {"height": 448, "width": 448}}, "size holds height, width, expected shortest_edge"),
+        ({"size": {"shortest_edge": 3136}}, "size lacks a bound"),
+        ({"size": [1, 2]}, "size is"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean is .*, expected three numbers"),
+        ({"image_mean": [0.5, 0.5, "x"]}, "image_mean is .*, expected three numbers"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std is .*, expected numbers above 0"),
+        ({"image_std": {"r": 1}}, "image_std is .*, expected three numbers"),
+        ({"do_resize": "yes"}, "do_resize is 'yes', expected true or false"),
+        ({"patch_size": "14"}, "patch_size is '14', expected an integer"),
+        ({"patch_size": 0}, "patch_size is 0, expected an integer"),
+        ({"merge_size": 2.5}, "merge_size is 2.5, expected an integer"),
+        ({"min_pixels": [1]}, "min_pixels is"),
+        ({"max_pixels": 100}, "min_pixels 3136 is more than max_pixels 100"),
+        ({"rescale_factor": None, "resample": 77}, "resample is 77, expected a filter"),
+        ({"rescale_factor": float("nan")}, "rescale_factor is nan, expected a number"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("nested", [False, True])
+def test_malformed_setting_names_file_and_field(tmp_path, fields, sentence, nested):
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    write_settings(tmp_path, {"image_processor": fields} if nested else fields, name)
+    with pytest.raises(ValueError, match=f"{name}: {sentence}") as caught:
+        ImageConfig.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_floats_count_as_integers(tmp_path):
+    config = ImageConfig.from_pretrained(write_settings(tmp_path, {"min_pixels": 3200.0}))
+    assert config.min_pixels == 3200
+    assert isinstance(config.min_pixels, int)
+
+
+def test_video_settings_change_nothing(tmp_path):
+    write_settings(tmp_path, PUBLISHED)
+    expected = ImageConfig.from_pretrained(tmp_path)
+    write_settings(tmp_path, {"merge_size": 1}, "video_preprocessor_config.json")
+    assert ImageConfig.from_pretrained(tmp_path) == expected
+
+
+@pytest.mark.parametrize("options", [{"max_pixels": "many"}, {"min_pixels": 0}, {"max_pixels": True},
+                                     {"resized_height": "x", "resized_width": 56},
+                                     {"resized_height": -28, "resized_width": 56}])  # fmt: skip
+def test_malformed_option_of_an_item_is_one_sentence(processor, options):
+    with pytest.raises(ValueError, match=r"(pixels|resized_height) is .*, expected an integer"):
+        processor(ask(image("RGB", **options)))
+
+
+SHAPES = Path(command.__file__).parent / "examples" / "shapes.png"
+QUESTION = ["--quiet", "--image", str(SHAPES), "--prompt", "How many shapes are there?"]
+
+
+@pytest.fixture
+def weights_alone(tmp_path):
+    """The bundled checkpoint as some are published: without tokenizer and image settings."""
+    names = ("config.json", "generation_config.json", "model.safetensors")
+    for name in names:
+        shutil.copy(command.TINY / name, tmp_path / name)
+    return tmp_path
+
+
+def test_processor_option_serves_a_checkpoint_without(weights_alone, capsys):
+    options = ["--model", str(weights_alone), "--processor", str(command.TINY)]
+    assert command.main([*QUESTION, *options]) == 0
+    assert capsys.readouterr().out == "Four.\n"
+
+
+def test_missing_processor_names_the_option(weights_alone, capsys):
+    assert command.main([*QUESTION, "--model", str(weights_alone)]) == 2
+    error = capsys.readouterr().err
+    assert "there is no tokenizer.json in" in error
+    assert "--processor" in error
+    shutil.copy(command.TINY / "tokenizer.json", weights_alone)
+    shutil.copy(command.TINY / "tokenizer_config.json", weights_alone)
+    assert command.main([*QUESTION, "--model", str(weights_alone)]) == 2
+    error = capsys.readouterr().err
+    assert "no preprocessor_config.json in" in error
+    assert "--processor" in error
+    assert error.count("\n") == 1
+
+
+def test_processor_of_another_vocabulary_is_an_error(folder, capsys):
+    assert command.main([*QUESTION, "--processor", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "the id of <|image_pad|> is 151655 in the processor, but" in error
+    assert error.count("\n") == 1
+
+
+def test_processor_of_other_patches_is_an_error(tmp_path, capsys):
+    folder = shutil.copytree(command.TINY, tmp_path / "folder")
+    (folder / "processor_config.json").unlink(missing_ok=True)
+    write_settings(folder, {"merge_size": 1})
+    assert command.main([*QUESTION, "--processor", str(folder)]) == 2
+    assert "merge_size is 1 in the processor, but 2 in the model's" in capsys.readouterr().err
