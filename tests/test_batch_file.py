@@ -7,6 +7,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -373,32 +375,47 @@ def test_what_was_interrupted_goes_on(groups_done, place, tiny, monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
-def test_a_real_process_may_be_killed_at_any_time(name, place, tiny, monkeypatch, tmp_path):
-    pipe, window = tmp_path / "pipe.png", batch_file.WINDOW
-    os.mkfifo(pipe)
-    # The picture after the first window is a pipe, at which the process waits: then the window has been answered.
-    lines = [MIXED[1]] * window + [ask(picture(str(pipe)), "What?")]
-    line = [sys.executable, generate.__file__, *place.write(lines).options("--batch-size", 1)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, env=environment)
-    writer = None
-    while writer is None:
-        with contextlib.suppress(OSError):  # while nobody reads
-            writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            assert process.wait(0.02 if writer is None else 0) is None, process.stderr.read()
-    process.send_signal(getattr(signal, name))
-    said = process.communicate()[1].decode()
-    os.close(writer)
-    assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[name]
-    assert "Traceback" not in said
-    assert len(place.records()) == window
+def test_a_real_process_may_be_killed_at_any_time(name, place, tiny, monkeypatch):
+    window = batch_file.WINDOW
+    asked = threading.Event()
+    released = threading.Event()
 
-    pipe.unlink()
-    shutil.copy(WIDE, pipe)
-    rows = asked_lengths(monkeypatch)
-    assert len(place.run(tiny)) == window + 1
-    assert rows == [1]
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.set()
+            released.wait(60)
+            with contextlib.suppress(OSError):  # the process that asked may have ended
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(Path(WIDE).read_bytes())
+
+        def log_message(self, *arguments):
+            """Not to the terminal."""
+
+    # The image after the first window is at a URL whose server waits: then the window has been answered.
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        url = f"http://127.0.0.1:{server.server_port}/x.png"
+        lines = [MIXED[1]] * window + [ask(picture(url), "What?")]
+        options = place.write(lines).options("--batch-size", 1)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        line = [sys.executable, generate.__file__, *options]
+        process = subprocess.Popen(line, stderr=subprocess.PIPE, env=environment)
+        try:
+            assert asked.wait(60)
+            process.send_signal(getattr(signal, name))
+            said = process.communicate()[1].decode()
+            assert process.returncode == {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}[name]
+            assert "Traceback" not in said
+            assert len(place.records()) == window
+
+            released.set()
+            rows = asked_lengths(monkeypatch)
+            assert len(place.run(tiny)) == window + 1
+            assert rows == [1]
+        finally:
+            released.set()
+            server.shutdown()
 
 
 def test_a_half_written_record_is_dropped_and_made_again(place, tiny, capsys):
