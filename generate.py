@@ -143,9 +143,13 @@ def choose(
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
     if not sampling.do_sample or sampling.top_k == 1:
         return logits.argmax(-1)
-    probabilities = next_token_probabilities(
-        logits, sampling
-    ).cpu()  # drawn there, so that a seed means the same
+    # Drawn on the CPU, so that a seed means the same on every device.
+    probabilities = next_token_probabilities(logits, sampling).cpu()
+    if not probabilities.isfinite().all():
+        raise NotFiniteError(
+            f"the probabilities are not finite: temperature {sampling.temperature} or "
+            f"repetition_penalty {sampling.repetition_penalty} is too far from 1"
+        )
     draws = [
         torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)
     ]

@@ -539,6 +539,14 @@ def test_scores_that_are_not_finite_are_one_sentence(sampling, value, parts):
         generate(model, batch_of(SHAPES["plain"], parts), 4, sampling)
 
 
+@pytest.mark.parametrize("extreme", [{"temperature": 1e-300}, {"repetition_penalty": 1e-300}])
+def test_settings_that_overflow_the_scores_are_named(extreme):
+    with pytest.raises(
+        command.NotFiniteError, match="the probabilities are not finite: temperature"
+    ):
+        generate(model_of("plain"), batch_of(SHAPES["plain"]), 4, Sampling(True, seed=1, **extreme))
+
+
 def test_half_precision_is_advised_to_take_a_wider_dtype():
     logits = torch.tensor([[1.0, float("inf")]])
     with pytest.raises(command.NotFiniteError, match="in float16: try --dtype bfloat16 or float32"):
