@@ -265,15 +265,14 @@ def compare_logits(
 ) -> dict[str, dict]:
     """How far logits are apart, for each task and format that both sides have answered, if not yet known.
 
-    Ours from those of transformers in the same dtype: the measure and the limits are those of `tests/parity.py`.
+    Ours from those of transformers in the same dtype: the measure and the limits are those of `reference/parity.py`.
     Quantised ones and those of llama.cpp from ours in float32, judged by the cosine. Those of the prefill always;
     those of the last step where all tokens before it were the same.
     """
     import numpy as np
     import torch
 
-    sys.path.append(str(HERE.parent / "tests"))
-    import parity
+    from reference import parity
 
     found, tokens = (
         {},
@@ -302,13 +301,15 @@ def compare_logits(
         holds = rung.holds if limit else cosine >= COSINES[dtype]
         found[name] = {
             "holds": holds,
-            "largest": rung.largest,
-            "share": rung.share,
+            "largest": rung.max_difference,
+            "share": rung.relative_difference,
             "cosine": cosine,
             "steps": steps,
         }
         word = "hold" if holds else "DIFFER"
-        say(f"logits of {name}: {word}, at most {rung.largest:.1e} apart, cosine {cosine:.6f}")
+        say(
+            f"logits of {name}: {word}, at most {rung.max_difference:.1e} apart, cosine {cosine:.6f}"
+        )
     return found
 
 

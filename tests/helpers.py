@@ -1,4 +1,4 @@
-"""Small random models and inputs, built the same way for `qwen2vl.py`, transformers and the NumPy oracle.
+"""Small random models and inputs, built the same way for `qwen2vl.py`, transformers and the NumPy model.
 
 Everything starts from three plain things that are fixed by a seed: a config (a dict like config.json), the
 weights (a dict of float32 tensors under the published checkpoint's names) and the rows of a batch. From them
@@ -274,16 +274,60 @@ def reference_logits(model, config, batch):
         return model(**batch, mm_token_type_ids=kinds, use_cache=False).logits
 
 
+def reference_generation(model, config, batch, steps):
+    """Generate `steps` tokens greedily with the reference and its cache.
+
+    Return the ids with the prompt [B, S + steps], and the logits of each step [B, steps, V].
+    """
+    output = model.generate(
+        **batch,
+        mm_token_type_ids=token_types(config, batch["input_ids"]),
+        max_new_tokens=steps,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        pad_token_id=PAD,
+        suppress_tokens=[IMAGE, VIDEO],  # a placeholder without an image
+    )
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+def cached_logits(model, batch, ids, prefill):
+    """Return our logits [B, S, V] for ids [B, S], computed with a cache.
+
+    The first `prefill` tokens run at once, with the batch's images; the rest one by one.
+    """
+    from qwen2vl import KVCache
+
+    mask = torch.ones_like(ids)
+    if "attention_mask" in batch:
+        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
+    cache = KVCache(
+        model.config, rows=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype
+    )
+    first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
+    steps = [model(**first, cache=cache)]
+    for i in range(prefill, ids.shape[1]):
+        steps.append(model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=cache))
+    return torch.cat(steps, dim=1)
+
+
 def oracle_run(config, weights, row):
-    """`tests/oracle.py` on one row, see `random_row`."""
-    import oracle
+    """Run `reference/numpy_model.py` on one sequence, see `random_row`."""
+    from reference import numpy_model
 
-    def joined(kind):
-        grids, pixels = row[kind]
-        return (np.concatenate(pixels), grids) if grids else (None, ())
-
-    weights = {name: tensor.double().numpy() for name, tensor in weights.items()}
-    return oracle.run(config, weights, row["ids"], *joined("image"), *joined("video"))
+    float64_weights = {name: tensor.double().numpy() for name, tensor in weights.items()}
+    image_grids, image_patches = row["image"]
+    video_grids, video_patches = row["video"]
+    return numpy_model.run(
+        config,
+        float64_weights,
+        row["ids"],
+        pixel_values=np.concatenate(image_patches) if image_grids else None,
+        image_grid_thw=image_grids,
+        pixel_values_videos=np.concatenate(video_patches) if video_grids else None,
+        video_grid_thw=video_grids,
+    )
 
 
 def gap(a, b):

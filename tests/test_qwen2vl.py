@@ -1,4 +1,4 @@
-"""`qwen2vl.py` against transformers (live), against the float64 formulas of `oracle.py`, and against itself.
+"""`qwen2vl.py` against transformers (live), the float64 formulas of `reference/numpy_model.py`, and itself.
 
 The tolerances are those that tell right from wrong: a correct float32 run lies within 1e-5 to 3e-5 of the
 reference on models of this size, and every fault tried moves it by 1e-4 or more. What float32 cannot see (an eps
