@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import rope_types
+
 
 # ---------------------------------------------------------------------------------------------- configuration
 def quick_gelu(x: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ class Config:
 
     @property
     def rope_type(self) -> str:
-        """Return "default" (in the published files "mrope") or a type of `extras/rope_types.py`."""
+        """Return "default" (in the published files "mrope") or a type of `rope_types.py`."""
         name = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
         return "default" if name == "mrope" else name
 
@@ -224,9 +226,9 @@ class Config:
                 f"{self.hidden_size}, got {self.vision_config.hidden_size}"
             )
         if self.rope_type != "default":
-            from extras import rope_types  # only where the configuration asks for it
-
-            rope_types.check(self)
+            rope_types.check_parameters(
+                self.rope_type, self.rope_scaling, self.head_dim, self.max_position_embeddings
+            )
 
     def check_rope(self) -> None:
         """Raise ValueError if the fields of rope_scaling do not fit the heads or the type of RoPE."""
@@ -419,13 +421,21 @@ def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tup
         i % 3 for i, count in enumerate(section) for _ in range(count)
     ]  # [D / 2], which row drives it
     positions = position_ids[axis].permute(1, 2, 0)  # [B, S, D / 2]
-    inverse, scale = inverse_frequencies(config.head_dim, config.rope_theta, like), None
+    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, like)
+    attention_scaling = 1.0
     if config.rope_type != "default":
-        from extras import rope_types
-
-        inverse, scale = rope_types.stretch(config, inverse, position_ids)
-    angles = (positions * inverse).repeat(1, 1, 2)[:, None]  # [B, 1, S, D]
-    cos, sin = (x if scale is None else x * scale for x in (angles.cos(), angles.sin()))
+        inv_freq, attention_scaling = rope_types.scale_inv_freq(
+            config.rope_type,
+            config.rope_scaling,
+            inv_freq,
+            seq_len=position_ids.amax((0, 2))[:, None, None] + 1,  # [B, 1, 1]
+            head_dim=config.head_dim,
+            theta=config.rope_theta,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+    angles = (positions * inv_freq).repeat(1, 1, 2)[:, None]  # [B, 1, S, D]
+    cos = angles.cos() * attention_scaling
+    sin = angles.sin() * attention_scaling
     return cos.to(like.dtype), sin.to(like.dtype)
 
 

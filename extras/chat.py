@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import rope_types
 from extras import command_line
 from generate import Sampling, new_cache, new_token_limits, stream
 from preprocess import Batch, Media, Processor
@@ -117,9 +118,9 @@ class Chat:
         """
         config = self.model.config
         if config.rope_type in ("dynamic", "longrope"):
-            from extras import rope_types
-
-            if len(ids) > min(rope_types.original_length(config), config.max_position_embeddings):
+            trained_length = config.max_position_embeddings
+            scaled_from = rope_types.original_length(config.rope_scaling, trained_length)
+            if len(ids) > min(scaled_from, trained_length):
                 self.forget()  # beyond that length all angles change with it, those of the cached keys as well
         most = min(len(ids) - 1, len(self.cached_ids))
         kept = next((i for i in range(most) if ids[i] != self.cached_ids[i]), most)

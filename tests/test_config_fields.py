@@ -1,21 +1,29 @@
-"""The fields of config.json that no published checkpoint uses: rope types, sliding window, dropout, activations.
+"""The fields of config.json that no published checkpoint uses: sliding window, dropout, activations.
 
 Each is held to transformers (live), like the rest of the model in `test_qwen2vl.py`, and every field that is not
 known is named.
 """
 
-import copy
 import json
 import warnings
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import helpers
 import pytest
 import torch
-from helpers import gap, make_batch, our_config, our_model, random_row, random_weights, small_config
+from helpers import (
+    cached_logits,
+    gap,
+    make_batch,
+    our_config,
+    our_model,
+    random_row,
+    random_weights,
+    reference_generation,
+    small_config,
+)
 
 from load_weights import load_config
 from qwen2vl import ACTIVATIONS, KVCache
@@ -45,226 +53,6 @@ def ours(config, dtype=torch.float32, attention="sdpa"):
 def reference(config, dtype=torch.float32):
     pytest.importorskip("transformers")
     return helpers.reference_model(config, weights(), dtype)
-
-
-def generated(config, batch, steps):
-    """What the reference makes, greedily, with its cache: all ids, and the logits of each step."""
-    made = reference(config).generate(
-        **batch,
-        mm_token_type_ids=helpers.token_types(config, batch["input_ids"]),
-        max_new_tokens=steps,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=helpers.PAD,
-        suppress_tokens=[helpers.IMAGE, helpers.VIDEO],  # a placeholder without a picture
-    )
-    return made.sequences, torch.stack(made.logits, dim=1)
-
-
-def cached(model, batch, ids, prefill):
-    """The logits of ids [B, S]: the first `prefill` at once, with the batch's pictures, the rest one by one."""
-    mask = torch.ones_like(ids)
-    if "attention_mask" in batch:
-        mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
-    kv = KVCache(
-        model.config, rows=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype
-    )
-    first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
-    steps = [model(**first, cache=kv)]
-    for i in range(prefill, ids.shape[1]):
-        steps.append(model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], cache=kv))
-    return torch.cat(steps, dim=1)
-
-
-# -------------------------------------------------------------------------------------------------- rope types
-
-TRAINED = 24  # tokens; some rows below are shorter, some longer
-LISTS = {
-    "short_factor": [1, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2],
-    "long_factor": [1, 1.5, 2, 2.5, 3, 4, 6, 8],
-}
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
-ROPES = {
-    "linear": {"type": "linear", "factor": 2.5},
-    "dynamic": {"type": "dynamic", "factor": 3.0},
-    "yarn": YARN,
-    "yarn, attention_factor": YARN | {"attention_factor": 1.3},
-    "yarn, mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 1.6},
-    "yarn, betas": YARN | {"beta_fast": 12.0, "beta_slow": 0.5, "truncate": False},
-    "yarn, all beyond": YARN | {"original_max_position_embeddings": 5},
-    "yarn, no factor": YARN | {"factor": None, "original_max_position_embeddings": 10},
-    "yarn, no original length": {"type": "yarn", "factor": 4.0},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, **LLAMA3},
-    "longrope": {
-        "type": "longrope",
-        **LISTS,
-        "original_max_position_embeddings": TRAINED,
-        "factor": 4.0,
-    },
-    "longrope, no factor": {
-        "type": "longrope",
-        **LISTS,
-        "original_max_position_embeddings": TRAINED // 2,
-    },
-    "longrope, attention_factor": {"rope_type": "longrope", **LISTS, "attention_factor": 0.8},
-}
-# As in the other tests: a number is so many words, a picture is (height, width) in tokens.
-SHORT, LONG = [6, ("image", 2, 3), 5], [9, ("image", 3, 4), 40, ("image", 1, 9), 12]
-
-
-def rope_config(name):
-    scaling = copy.deepcopy(ROPES[name]) | {"mrope_section": [2, 3, 3]}
-    return small_config(
-        layers=3, rope_theta=1e4, max_position_embeddings=TRAINED, rope_scaling=scaling
-    )
-
-
-@pytest.fixture
-def unrounded(monkeypatch):
-    """transformers' code, in which every rounding to float32 means float64 instead."""
-    for name in ("models.qwen2_vl.modeling_qwen2_vl", "modeling_rope_utils"):
-        code = pytest.importorskip(f"transformers.{name}")
-        double = vars(torch) | dict.fromkeys(("float", "float32"), torch.double)
-        monkeypatch.setattr(code, "torch", SimpleNamespace(**double))
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_every_rope_type_is_the_reference_s(name):
-    """Within the trained length and beyond, with pictures; and it does change the default's numbers."""
-    config = rope_config(name)
-    plain = ours(config | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}})
-    for parts in (SHORT, LONG):
-        batch = make_batch([random_row(config, parts)])
-        logits = ours(config)(**batch)
-        assert gap(logits, helpers.reference_logits(reference(config), config, batch)) <= FLOAT32
-        if not (parts is SHORT and name == "dynamic"):
-            assert gap(logits, plain(**batch)) > 1e-2
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_float64_stays_float64_in_every_rope_type(name, unrounded):
-    config = rope_config(name)
-    model = ours(config, torch.float64)
-    for parts in (SHORT, LONG):
-        batch = make_batch([random_row(config, parts)], torch.float64)
-        logits = model(**batch)
-        torch.set_default_dtype(
-            torch.double
-        )  # what the reference gets when it divides two integers
-        expected = helpers.reference_logits(reference(config, torch.float64), config, batch)
-        torch.set_default_dtype(torch.float32)
-        assert logits.dtype == expected.dtype == torch.float64
-        assert gap(logits, expected) <= FLOAT64
-
-
-@pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "longrope"])
-def test_cached_decoding_across_the_trained_length_is_the_reference_s(name):
-    """From 21 positions to 33 with 24 trained, a step at a time. Where the length chooses the frequencies, both turn
-    new tokens by the new ones and leave cached keys as they are, so that a run without cache differs."""
-    config = rope_config(name)
-    batch = make_batch([random_row(config, [10, ("image", 2, 3), 6])])
-    ids, expected = generated(config, batch, steps=12)
-    model, prefill = ours(config), batch["input_ids"].shape[1]
-    logits = cached(model, batch, ids, prefill)
-    assert gap(logits[:, prefill - 1 : -1], expected) <= FLOAT32
-    whole = model(**batch | {"input_ids": ids})
-    if name in ("dynamic", "longrope"):
-        assert gap(logits[:, -1], whole[:, -1]) > 1e-2
-    else:
-        assert gap(logits, whole) <= FLOAT32
-
-
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
-def test_the_length_is_that_of_the_row_and_of_the_call(name):
-    """Neither a longer row in the batch nor a longer call before changes the frequencies."""
-    config = rope_config(name)
-    model, rows = (
-        ours(config, torch.float64),
-        [random_row(config, parts) for parts in (SHORT, LONG, [30])],
-    )
-    together = model(**make_batch(rows, torch.float64))
-    for row, logits in zip(rows, together, strict=True):
-        assert gap(logits[-len(row["ids"]) :], model(**make_batch([row], torch.float64))[0]) <= SAME
-
-
-def test_both_spellings_mean_the_same(tmp_path):
-    """rope_scaling and rope_parameters, "type" and "rope_type", at the top and inside text_config."""
-    config = rope_config("yarn")
-    scaling, expected = config.pop("rope_scaling"), rope_config("yarn")
-    renamed = {"rope_type" if name == "type" else name: value for name, value in scaling.items()}
-    batch = make_batch([random_row(config, LONG)])
-    logits = ours(expected)(**batch)
-    for rope in (
-        {"rope_scaling": scaling},
-        {"rope_scaling": renamed | {"type": "default"}},  # the newer name counts
-        {"rope_parameters": renamed | {"rope_theta": 1e4}, "rope_theta": None},
-        {"text_config": {"rope_parameters": renamed | {"rope_theta": 1e4}}, "rope_theta": None},
-    ):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "qwen2_vl"} | config | rope)
-        )
-        read = asdict(load_config(tmp_path))
-        assert read["rope_theta"] == 1e4
-        assert gap(ours(read)(**batch), logits) == 0
-
-
-def test_without_a_section_the_reference_s_default(tmp_path):
-    config = small_config(heads=2, kv_heads=1, width=128, sections=(16, 24, 24))
-    for rope in ({"rope_scaling": None}, {"rope_scaling": {"type": "linear", "factor": 2}}):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "qwen2_vl"} | config | rope)
-        )
-        assert load_config(tmp_path).rope_scaling["mrope_section"] == [16, 24, 24]
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("linear", {"factor": ...}, "type 'linear' lacks the field factor"),
-        ("dynamic", {"factor": None}, "type 'dynamic' lacks the field factor"),
-        ("yarn", {"factor": ...}, "type 'yarn' lacks the field factor"),
-        ("llama3", {"low_freq_factor": ...}, "type 'llama3' lacks the field low_freq_factor"),
-        ("llama3", {"high_freq_factor": ...}, "type 'llama3' lacks the field high_freq_factor"),
-        ("llama3", {"low_freq_factor": 4.0}, "low_freq_factor must be below its high_freq_factor"),
-        ("longrope", {"short_factor": ...}, "type 'longrope' lacks the field short_factor"),
-        ("longrope", {"long_factor": ...}, "type 'longrope' lacks the field long_factor"),
-        (
-            "longrope",
-            {"long_factor": [1, 2]},
-            r"long_factor must be a list of 8 numbers, is \[1, 2\]",
-        ),
-        ("longrope", {"long_factor": [0] * 8}, "long_factor must be positive"),
-        ("linear", {"factor": "2"}, "factor must be positive, is '2'"),
-        (
-            "yarn",
-            {"original_max_position_embeddings": -1},
-            "original_max_position_embeddings must be positive",
-        ),
-        (
-            "yarn",
-            {"type": "proportional"},
-            "rope type is 'proportional', supported are default, mrope, linear",
-        ),
-    ],
-)
-def test_rope_fields_that_are_missing_or_make_no_sense_are_named(name, change, message):
-    config = rope_config(name)
-    scaling = config["rope_scaling"] | change
-    config["rope_scaling"] = {field: value for field, value in scaling.items() if value is not ...}
-    with pytest.raises(ValueError, match=message):
-        our_config(config)
-
-
-def test_an_unknown_rope_field_is_named():
-    config = rope_config("yarn")
-    config["rope_scaling"]["gamma"] = 1
-    with pytest.warns(UserWarning, match="rope_scaling holds an unknown field: gamma"):
-        our_config(config)
 
 
 # ---------------------------------------------------------------------------------------------- sliding window
@@ -319,9 +107,12 @@ def test_the_window_in_a_padded_batch_is_the_reference_s():
 def test_cached_decoding_with_a_window_is_the_reference_s(rows):
     """Its cache drops what is out of sight, ours keeps and masks it."""
     batch = make_batch(rows)
-    ids, expected = generated(SLIDING, batch, steps=9)
+    ids, expected = reference_generation(reference(SLIDING), SLIDING, batch, steps=9)
     prefill = batch["input_ids"].shape[1]
-    assert gap(cached(ours(SLIDING), batch, ids, prefill)[:, prefill - 1 : -1], expected) <= FLOAT32
+    assert (
+        gap(cached_logits(ours(SLIDING), batch, ids, prefill)[:, prefill - 1 : -1], expected)
+        <= FLOAT32
+    )
 
 
 @pytest.mark.parametrize("attention", WAYS)
@@ -333,7 +124,8 @@ def test_cached_decoding_with_a_window_is_the_run_without_cache(rows, attention,
     mask[:, :-12] = batch.get("attention_mask", mask[:, :-12])
     whole = model(**batch | {"input_ids": ids, "attention_mask": mask})
     assert (
-        gap(cached(model, batch, ids, ids.shape[1] - 12)[mask.bool()], whole[mask.bool()]) <= SAME
+        gap(cached_logits(model, batch, ids, ids.shape[1] - 12)[mask.bool()], whole[mask.bool()])
+        <= SAME
     )
 
 
@@ -497,10 +289,8 @@ def test_published_and_saved_files_hold_nothing_unknown(write):
             load_config(write(config))
 
 
-@pytest.mark.parametrize(
-    "config", [SLIDING, *(rope_config(name) for name in ("dynamic", "yarn, mscale", "longrope"))]
-)
-def test_what_the_reference_saves_comes_back(config, tmp_path):
+def test_what_the_reference_saves_comes_back(tmp_path):
+    config = SLIDING
     reference(config).config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert {"layer_types", "rope_parameters"} <= saved["text_config"].keys()

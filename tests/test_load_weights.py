@@ -180,7 +180,7 @@ def test_hub_spelling_of_the_channel_count(tmp_path):
         ({"hidden_act": "prelu"}, "hidden_act: expected one of .*got 'prelu'"),
         (
             {"rope_scaling": {"type": "elastic", "mrope_section": [2, 3, 3]}},
-            "rope type is 'elastic'",
+            "got 'elastic'",
         ),
         ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 4]}}, "mrope_section"),
         ({"num_attention_heads": 5}, "hidden_size: expected a multiple of 2 · 5 heads, got 64"),
