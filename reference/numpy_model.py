@@ -23,9 +23,10 @@ Shapes: S tokens of the sequence, C their width (hidden_size), V vocabulary,
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 Weights = dict[str, Array]
@@ -123,7 +124,7 @@ def apply_rotary_pos_emb(x: Array, angles: Array) -> Array:
 
 
 # ---------------------------------------------------------------------------------- vision encoder
-def patch_positions(grid_thw, merge: int) -> tuple[NDArray, NDArray, NDArray]:
+def patch_positions(grid_thw: ArrayLike, merge: int) -> tuple[NDArray, NDArray, NDArray]:
     """Return the row, the column and the temporal slice of each patch: three integer arrays [N].
 
     grid_thw [images, 3]: temporal slices, rows and columns of patches. Slices are numbered through
@@ -157,7 +158,9 @@ def vision_angles(rows: NDArray, columns: NDArray, head_dim: int) -> Array:
     return np.concatenate([np.outer(rows, inv_freq), np.outer(columns, inv_freq)], axis=-1)
 
 
-def vision_encoder(config: dict, weights: Weights, pixels, grid_thw, states: States) -> Array:
+def vision_encoder(
+    config: dict, weights: Weights, pixels: Array, grid_thw: ArrayLike, states: States
+) -> Array:
     """Encode the patches of images or videos as features in the decoder's width.
 
     pixels [N, channels · frames · height · width of a patch]; grid_thw [images, 3] → [T, C]. The
@@ -207,7 +210,12 @@ def patch_merger(weights: Weights, h: Array, width: int) -> Array:
 
 
 # --------------------------------------------------------------------------------------- positions
-def rope_positions(config: dict, ids: list[int], image_grid_thw=(), video_grid_thw=()):
+def rope_positions(
+    config: dict,
+    ids: list[int],
+    image_grid_thw: ArrayLike = (),
+    video_grid_thw: ArrayLike = (),
+) -> tuple[NDArray[np.int64], int]:
     """Return the M-RoPE position of each token and the rope delta.
 
     ids [S]; grids [images or videos, 3] in patches, in reading order → positions int [3, S] (time,
@@ -331,14 +339,14 @@ def check_config(config: dict) -> None:
 
 
 def run(
-    config,
+    config: Any,
     weights: Weights,
-    ids,
-    pixel_values=None,
-    image_grid_thw=(),
-    pixel_values_videos=None,
-    video_grid_thw=(),
-) -> dict:
+    ids: ArrayLike,
+    pixel_values: ArrayLike | None = None,
+    image_grid_thw: ArrayLike = (),
+    pixel_values_videos: ArrayLike | None = None,
+    video_grid_thw: ArrayLike = (),
+) -> dict[str, Any]:
     """Run one sequence of token ids [S], with its images and videos, through the whole model.
 
     pixel_values, pixel_values_videos: patches [N, ...]; image_grid_thw, video_grid_thw [images or
@@ -356,28 +364,32 @@ def run(
     Raises ValueError for a configuration that is not computed here and for weights of another
     dtype.
     """
-    if dataclasses.is_dataclass(config):
+    if not isinstance(config, dict):
         config = dataclasses.asdict(config)
     check_config(config)
     for name, array in weights.items():
         if array.dtype != np.float64:
             raise ValueError(f"{name}: expected float64, got {array.dtype}")
-    ids = np.asarray(ids)
-    states: dict = {}
+    input_ids = np.asarray(ids)
+    states: dict[str, Any] = {}
     image_features = None
     video_features = None
-    h = weights["model.embed_tokens.weight"][ids]  # [S, C], a copy
+    h = weights["model.embed_tokens.weight"][input_ids]  # [S, C], a copy
     if pixel_values is not None:
         states["vision"] = {}
         pixels = np.asarray(pixel_values, np.float64)
         image_features = vision_encoder(config, weights, pixels, image_grid_thw, states["vision"])
-        h[ids == config["image_token_id"]] = image_features  # the placeholders, in reading order
+        h[input_ids == config["image_token_id"]] = (
+            image_features  # the placeholders, in reading order
+        )
     if pixel_values_videos is not None:
         states["video"] = {}
         pixels = np.asarray(pixel_values_videos, np.float64)
         video_features = vision_encoder(config, weights, pixels, video_grid_thw, states["video"])
-        h[ids == config["video_token_id"]] = video_features
-    positions, rope_delta = rope_positions(config, ids.tolist(), image_grid_thw, video_grid_thw)
+        h[input_ids == config["video_token_id"]] = video_features
+    positions, rope_delta = rope_positions(
+        config, input_ids.tolist(), image_grid_thw, video_grid_thw
+    )
     return {
         "logits": decoder(config, weights, h, positions, states),
         "positions": positions,

@@ -236,7 +236,7 @@ def reference_inputs(
 
 
 # ------------------------------------------------------------------------------------ the two runs
-def modules_by_rung(visual: nn.Module, decoder: nn.Module, lm_head: nn.Module) -> dict:
+def modules_by_rung(visual: Any, decoder: Any, lm_head: nn.Module) -> dict[str, nn.Module]:
     """Return {rung: module} in the order of the data flow.
 
     Inside the vision encoder and the decoder, both implementations use the checkpoint's names.
@@ -261,7 +261,7 @@ def recorded_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor
     outputs: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable:
-        def hook(_module, args, output):
+        def hook(_module: nn.Module, args: tuple, output: Any) -> None:
             if name == "decoder layer 0":
                 outputs["embeddings"] = args[0].detach().cpu()
             tensor = output[0] if isinstance(output, tuple) else output
@@ -294,7 +294,12 @@ def run_ours(
     outputs["positions"] = positions.cpu()
     outputs["rope delta"] = rope_deltas.cpu()
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    batch = Batch(attention_mask=np.ones_like(arrays["input_ids"]), **arrays)
+    batch = Batch(
+        input_ids=arrays["input_ids"],
+        attention_mask=np.ones_like(arrays["input_ids"]),
+        pixel_values=arrays.get("pixel_values"),
+        image_grid_thw=arrays.get("image_grid_thw"),
+    )
     [tokens] = generate(model, batch, arguments.max_new_tokens, Sampling())
     return outputs, tokens
 
@@ -306,7 +311,7 @@ def run_reference(
     """Run the model of transformers: {rung: tensor} and the new tokens."""
     from transformers import Qwen2VLForConditionalGeneration
 
-    model = Qwen2VLForConditionalGeneration.from_pretrained(
+    model: Any = Qwen2VLForConditionalGeneration.from_pretrained(
         folder,
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=REFERENCE_ATTENTION[arguments.attn_implementation],
@@ -369,7 +374,7 @@ def climb(folder: Path, arguments: argparse.Namespace, say: Callable[[str], None
 def input_rungs(batch: Batch, inputs: dict[str, Tensor]) -> list[Rung]:
     """Compare our batch with the reference's inputs."""
     rungs = []
-    if "pixel_values" in inputs:
+    if batch.pixel_values is not None and batch.image_grid_thw is not None:
         our_grids = batch.image_grid_thw.tolist()
         their_grids = inputs["image_grid_thw"].tolist()
         rungs.append(equal("image grids", our_grids, their_grids, "images"))
