@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+import linear
 from load_weights import check_supported, find_folder, load_model, read_json
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
@@ -499,7 +500,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     import generate  # under its name, so that the extras that import it find this very module
-    from extras import command_line, linear
+    from extras import command_line
 
     warnings.formatwarning = lambda message, *_: f"generate.py: {message}\n"  # without the code
     linear.prefer_pytorch_gemv()

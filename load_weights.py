@@ -24,8 +24,11 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from extras import hub, linear
+import linear
+from extras import hub
 from qwen2vl import Config, Qwen2VL, VisionConfig
 from tokenizer import read_json
 
@@ -579,11 +582,24 @@ def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.d
 
 
 # ------------------------------------------------------------------------------------------------------ the model
-def empty_model(config: Config) -> Qwen2VL:
+class SkipInitialization(TorchFunctionMode):
+    """Within it, parameters are not drawn at random: they are about to be loaded. It holds for one thread alone.
+
+    (Drawing them on the meta device would also import PyTorch's compiler, which takes longer than loading a small
+    model.)
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def empty_model(config: Config, attn_implementation: str = "sdpa") -> Qwen2VL:
     """Return a model whose parameters have shapes and no memory. Raises ValueError for sizes beyond any memory."""
     try:
-        with torch.device("meta"):
-            return Qwen2VL(config)
+        with torch.device("meta"), SkipInitialization():
+            return Qwen2VL(config, attn_implementation)
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
@@ -592,13 +608,16 @@ def empty_model(config: Config) -> Qwen2VL:
 
 
 def load_model(
-    name_or_folder: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
-    attention: str = "auto", quantize: str | None = None,
-) -> Qwen2VL:  # fmt: skip
+    name_or_folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "auto",
+    quantize: str | None = None,
+) -> Qwen2VL:
     """Return the checkpoint as a model in eval mode.
 
     device: by default CUDA where there is one, else the CPU. dtype: of all parameters, by default `checkpoint_dtype`.
-    attention: "plain", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
+    attn_implementation: "eager", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
     quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits.
     Raises OSError or ValueError: one sentence that names the file, tensor or field that cannot be loaded.
     """
@@ -607,12 +626,13 @@ def load_model(
     device = find_device(device)
     paths = weight_files(folder)
     dtype = dtype or checkpoint_dtype(folder)
+    attn_implementation = choose_attention(attn_implementation, device, dtype)
     names = {name for name, _ in empty_model(config).named_parameters()}
     stored = list_tensors(paths, names | {HEAD})
     check_not_quantized(folder, list(stored))
     resolve_head(config, stored, dtype)
 
-    model = empty_model(config)
+    model = empty_model(config, attn_implementation)
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
     check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
     state = {name: tensor.load().to(device, dtype) for name, tensor in stored.items()}
@@ -620,12 +640,10 @@ def load_model(
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # assigning has made two parameters of the one tensor
-    implementation = choose_attention(attention, device, dtype)
-    model.visual.attention = implementation
-    model.model.attention = implementation
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_json(folder, "generation_config.json")
-    linear.swap(model, quantize)
+    if quantize is not None:
+        linear.quantize_linears(model, quantize)
     return model.eval()
 
 

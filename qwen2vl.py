@@ -1,100 +1,70 @@
-"""Qwen2-VL: one batch of token ids and picture patches in, logits out.
+"""Qwen2-VL: token ids and image patches in, logits out.
 
-Read from top to bottom: configuration, attention, the two rotary embeddings, the vision transformer that turns
-patches into tokens, the decoder that reads those tokens between the words, and the model that joins them. Plain
-PyTorch, no files, no network: `preprocess.py` makes the batch, `load_weights.py` fills the parameters, `generate.py`
-turns logits into words. Parameters carry the names of the published checkpoint.
+Read from top to bottom, in the order in which data meets the parts: the configuration, the vision encoder that turns
+patches into tokens, the three positions of each token, the decoder, and the model that joins them. Attention comes
+right before the first layer that calls it. Plain PyTorch, no files, no network: `preprocess.py` makes the batch,
+`load_weights.py` fills the parameters, `generate.py` turns logits into text. Parameters carry the names of the
+published checkpoint.
 
 Sources: "Qwen2-VL" (arXiv 2409.12191) for the design; transformers 5.23.0, `models/qwen2_vl`, for the numerics.
 
-Shapes: B batch, S new tokens, K all tokens so far (cached + new), C width of the decoder (hidden_size),
+Shapes: B batch size, S new tokens, K all tokens so far (cached + new), C width of the decoder (hidden_size),
         H query heads, G key/value heads (G divides H), D width of one head, V vocabulary,
-        N patches of all pictures together, E width of the vision transformer (embed_dim),
-        T image tokens (N / 4: a 2×2 block of patches becomes one token).
+        N patches of all images and videos together, E width of the vision encoder (embed_dim),
+        T vision tokens (N / 4: a 2×2 block of patches becomes one token).
 """
 
 from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from functools import partial
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rope_types
+from config_fields import Positive, Size, check_fields, is_integer
+from linear import Linear
 
 
 # ---------------------------------------------------------------------------------------------- configuration
 def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that CLIP-like vision towers were trained with."""
+    """The sigmoid approximation of GELU that CLIP-like vision encoders were trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
-# By the names that transformers 5.23.0 has for them in `activations.py`.
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU. The published models use the exact one (in `PatchMerger`)."""
+    return F.gelu(x, approximate="tanh")
+
+
+# By the names of transformers 5.23.0, `activations.py`. The published models have "silu" and "quick_gelu".
 ACTIVATIONS = {
     "silu": F.silu,
     "swish": F.silu,
+    "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_python": F.gelu,
-    "quick_gelu": quick_gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_accurate": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_python_tanh": gelu_tanh,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
+    "tanh": F.tanh,
+    "sigmoid": F.sigmoid,
 }
-ACTIVATIONS |= {
-    n: getattr(F, n)
-    for n in ("relu", "relu6", "leaky_relu", "hardswish", "mish", "tanh", "sigmoid")
-}
-for same in ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"):
-    ACTIVATIONS[same] = partial(F.gelu, approximate="tanh")
 
 
-# The annotation of a configuration's field names what it accepts, one of FIELD_TYPES; " | None" adds null.
-Size = int  # a positive integer
-Positive = float  # a positive number
 MAX_LAYERS = 1000  # a larger number is a damaged file, and building the layers would never end
-
-
-def is_integer(value: object) -> bool:
-    """Return whether the value is an integer, not a boolean, that fits into 32 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
-
-
-def is_number(value: object) -> bool:
-    """Return whether the value is an integer or a finite float, not a boolean, within the range of float64."""
-    return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def is_token_id_or_list(value: object) -> bool:
-    """Return whether the value is one integer or a list of them."""
-    return is_integer(value) or (isinstance(value, list) and all(map(is_integer, value)))
-
-
-FIELD_TYPES = {  # annotation → the check of a value, and the words for what is expected
-    "Size": (lambda value: is_integer(value) and value > 0, "a positive integer"),
-    "int": (is_integer, "an integer"),
-    "int | list[int]": (is_token_id_or_list, "an integer or a list of integers"),
-    "Positive": (lambda value: is_number(value) and value > 0, "a positive number"),
-    "float": (is_number, "a finite number"),
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "str": (lambda value: isinstance(value, str), "a string"),
-    "dict": (lambda value: isinstance(value, dict), "an object"),
-    "VisionConfig": (lambda value: isinstance(value, VisionConfig), "a VisionConfig"),
-}
-
-
-def check_fields(config: Config | VisionConfig, prefix: str = "") -> None:
-    """Raise ValueError naming the first field whose value is not what its annotation asks for."""
-    for field_ in fields(config):
-        value = getattr(config, field_.name)
-        kind = field_.type.removesuffix(" | None")
-        if value is None and kind != field_.type:
-            continue
-        fits, expected = FIELD_TYPES[kind]
-        if not fits(value):
-            got = reprlib.repr(value)
-            raise ValueError(f"{prefix}{field_.name}: expected {expected}, got {got}")
 
 
 def check_activation(name: str, value: str) -> None:
@@ -161,6 +131,7 @@ class Config:
     num_key_value_heads: Size = 8  # G
     hidden_act: str = "silu"
     max_position_embeddings: Size = 32768
+    initializer_range: Positive = 0.02  # standard deviation of a new model's weights
     rms_norm_eps: Positive = 1e-5  # 1e-6 in the published checkpoints
     rope_theta: Positive = 1e6
     rope_scaling: dict = field(
@@ -249,145 +220,36 @@ class Config:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision → float32; float32 and float64 stay, so that a float64 run never rounds below it."""
+    """Upcast half precision to float32; float32 and float64 stay, so that a float64 run never rounds below it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# -------------------------------------------------------------------------------------------------- attention
-@dataclass
-class AttentionPlan:
-    """Who may look at whom: worked out once per forward pass, shared by all layers.
+# ------------------------------------------------------------------ rotary position embedding (RoPE)
+def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[i], x[i + D/2]) by its angle. x [..., D]; cos and sin broadcast to it.
 
-    With neither of the first three fields, everyone sees everyone.
-    """
-
-    way: str  # "plain", "sdpa" or "flash"
-    causal: bool = False  # each token sees itself and all before it
-    mask: Tensor | None = (
-        None  # bool [B, 1, S, K], True = visible: where `causal` alone does not say it
-    )
-    slices: list[int] | None = (
-        None  # [N] is cut into pieces of these lengths that do not see each other
-    )
-    packed: dict | None = None  # the same in flash-attn's terms, made only for that way
-    dropout: float = 0.0  # the share of looks that is left out, by chance
-
-
-def plan_vision(slices: list[int], way: str, device: torch.device) -> AttentionPlan:
-    """A patch sees the patches of its own temporal slice; `slices` holds the number of patches of each."""
-    if way != "flash":
-        return AttentionPlan(way, slices=slices)
-    from extras import flash
-
-    return AttentionPlan(way, packed=flash.pack_slices(slices, device))
-
-
-def plan_decoder(
-    x: Tensor,
-    cached: int,
-    attention_mask: Tensor | None,
-    way: str,
-    window: int | None = None,
-    dropout: float = 0.0,
-) -> AttentionPlan:
-    """A token of x [B, S, C] sees itself and those before it, cached and new, at most `window`, but no padding."""
-    rows, new, total, device = x.shape[0], x.shape[1], cached + x.shape[1], x.device
-    window = (
-        None if window is None or window >= total else window
-    )  # where it leaves nothing out, there is none
-    if (
-        attention_mask is not None and attention_mask.all()
-    ):  # nothing is padded: the quick ways are open
-        attention_mask = None
-    if way == "flash" and new > 1:
-        from extras import flash
-
-        return AttentionPlan(
-            way, packed=flash.pack_rows(x, cached, attention_mask, window, dropout)
-        )
-    if (
-        way == "flash"
-    ):  # one new token only reads the cache: nothing to gain, and packing would copy it all
-        way = "sdpa"
-    # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
-    if attention_mask is None and window is None and (cached == 0 or new == 1):
-        return AttentionPlan(way, causal=new > 1, dropout=dropout)
-    query, key = (
-        torch.arange(cached, total, device=device)[:, None],
-        torch.arange(total, device=device),
-    )
-    mask = (key <= query).expand(rows, 1, new, total)
-    if window is not None:  # padding does not count: in a chat it stands between the turns, too
-        place = key[None] if attention_mask is None else attention_mask.cumsum(1)  # [B, K]
-        mask = mask & (place[:, None, cached:, None] - place[:, None, None] < window)
-    if attention_mask is not None:
-        # Padding sees itself, or its softmax would be 0/0 and the NaN would spread through the values.
-        mask = mask & attention_mask[:, None, None].bool() | (key == query)
-    return AttentionPlan(way, mask=mask, dropout=dropout)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """softmax(q kᵀ / √D) v where the plan allows a look, in the way the plan names.
-
-    q [B, H, S, D]; k, v [B, G, K, D], each key/value head shared by H / G query heads → [B, H, S, D].
-    Source: "Attention Is All You Need" §3.2; grouped queries arXiv 2305.13245; flash-attn arXiv 2307.08691.
-    """
-    if plan.way == "flash":
-        from extras import flash
-
-        return flash.attention(q, k, v, **plan.packed)
-    if plan.slices is not None and len(plan.slices) > 1:
-        # No N×N product is ever made: equal slices stand side by side as a batch, unequal ones take turns.
-        one = AttentionPlan(plan.way)
-        if len(set(plan.slices)) == 1:
-            q, k, v = (x[0].unflatten(1, (len(plan.slices), -1)).transpose(0, 1) for x in (q, k, v))
-            return attention(q, k, v, one).transpose(0, 1).flatten(1, 2)[None]
-        parts = zip(*(x.split(plan.slices, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([attention(*part, one) for part in parts], dim=2)
-    if plan.way == "sdpa":
-        shape, more = (
-            q.shape,
-            {"attn_mask": plan.mask, "is_causal": plan.causal, "dropout_p": plan.dropout},
-        )
-        if (
-            shape[2] == 1
-        ):  # the heads that share a key pass for queries of one head: far quicker than enable_gqa
-            q = q.reshape(shape[0], k.shape[1], -1, shape[3])
-        return F.scaled_dot_product_attention(
-            q, k, v, enable_gqa=q.shape[1] != k.shape[1], **more
-        ).reshape(shape)
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # [B, H, K, D]
-    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
-    mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if plan.causal else plan.mask
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return F.dropout(at_least_float32(scores).softmax(-1).to(q.dtype), plan.dropout) @ v
-
-
-# ----------------------------------------------------------------------------------- rotary position embedding
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair (x[i], x[i + D/2]) by its angle. x [..., D]; cos and sin broadcast to it.
-
-    Source: RoFormer, arXiv 2104.09864 §3.4, with halves instead of neighbours as pairs, as in the checkpoints.
+    Source: RoFormer, arXiv 2104.09864 §3.4, with halves instead of neighbors as pairs, as in the checkpoints.
     """
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * cos + rotated * sin
 
 
-def inverse_frequencies(width: int, theta: float, like: Tensor) -> Tensor:
-    """theta^(-2i/width) for i = 0 … width/2 - 1, in at least float32: [width / 2].
+def compute_inv_freq(width: int, theta: float, like: Tensor) -> Tensor:
+    """Return theta^(-2i/width) for i = 0 … width/2 - 1, in at least float32: [width / 2].
 
-    Made anew on each call rather than kept as a buffer: a buffer would follow `model.to(bfloat16)` and ruin the
+    Computed on each call rather than kept as a buffer: a buffer would follow `model.to(bfloat16)` and ruin the
     angles, and would have no values on a model built on the meta device.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return 1.0 / theta ** (torch.arange(0, width, 2, device=like.device, dtype=dtype) / width)
+    exponents = torch.arange(0, width, 2, device=like.device, dtype=dtype) / width
+    return 1.0 / theta**exponents
 
 
-def vision_rotary(
-    grid_thw: list[list[int]], head_dim: int, merge: int, like: Tensor
+def vision_rotary_embedding(
+    grid_thw: list[list[int]], head_dim: int, merge_size: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [N, D] that tell a patch its row and column; half of the angles belong to each.
+    """Return cos and sin [N, D] for each patch: half of the angles encode its row, half its column.
 
     Patches come in the order of preprocessing, merge block by merge block, so their (y, x) must too.
     Source: transformers 5.23.0, `Qwen2VLVisionRotaryEmbedding`.
@@ -395,33 +257,381 @@ def vision_rotary(
     positions = []
     for t, h, w in grid_thw:
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        yx = torch.stack((y, x), dim=-1).view(h // merge, merge, w // merge, merge, 2)
-        positions.append(
-            yx.transpose(1, 2).reshape(h * w, 2).repeat(t, 1)
-        )  # the same in each temporal slice
+        yx = torch.stack((y, x), dim=-1)  # [h, w, 2]
+        blocks = yx.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
+        yx = blocks.transpose(1, 2).reshape(h * w, 2)  # merge block by merge block
+        positions.append(yx.repeat(t, 1))  # the same in each temporal slice
     positions = torch.cat(positions).to(like.device)  # [N, 2]
-    angles = positions[..., None] * inverse_frequencies(
-        head_dim // 2, 10000.0, like
-    )  # [N, 2, D / 4]
-    angles = angles.flatten(1).repeat(
-        1, 2
-    )  # [N, D]: y then x, and again for the second half of each pair
+    inv_freq = compute_inv_freq(head_dim // 2, 10000.0, like)  # [D / 4]
+    angles = (positions[..., None] * inv_freq).flatten(1)  # [N, D / 2]: y, then x
+    angles = angles.repeat(1, 2)  # [N, D]: the same for both halves of each pair
     return angles.cos(), angles.sin()
 
 
-def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """M-RoPE: cos and sin [B, 1, S, D] from position_ids [3, B, S] (time, height, width), in `like`'s dtype.
+# ------------------------------------------------------------------------------------------ attention
+@dataclass
+class AttentionContext:
+    """Which queries attend to which keys: computed once per forward pass, shared by all layers.
 
-    `mrope_section` deals the frequencies out, fast ones first: [16, 24, 24] gives the first 16 to time, the next
-    24 to height, the last 24 to width. A word has three equal positions, which makes this plain 1-D rope for it.
+    Without any of the fields, every query attends to every key. The first three serve eager and sdpa attention;
+    the others hold the same facts in the packed form of flash-attn: all sequences end to end, without padding.
+    """
+
+    causal: bool = False  # each token attends to itself and to all before it
+    mask: Tensor | None = None  # bool [B, 1, S, K], True: attends; where `causal` is not enough
+    seqlens: list[int] | None = None  # S holds several sequences of these lengths, end to end
+    cu_seqlens_q: Tensor | None = (
+        None  # int32 [sequences + 1]: where each sequence begins, and the end
+    )
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    unpadded_q: Tensor | None = None  # which rows of [B·S] are no padding; None: all
+    unpadded_k: Tensor | None = None
+    window: int | None = None  # how many tokens a token attends to, itself included; None: all
+    dropout: float = 0.0  # share of attention weights set to zero at random, in training
+
+
+def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """Compute softmax(q kᵀ / √D) v, one line per step of the formula.
+
+    q [B, H, S, D]; k, v [B, G, K, D], each key/value head shared by H / G query heads → [B, H, S, D].
+    Source: "Attention Is All You Need" §3.2; grouped queries arXiv 2305.13245.
+    """
+    if context.seqlens is not None:
+        return attend_per_sequence(eager_attention, q, k, v, context.seqlens)
+    group_size = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group_size, dim=1)  # [B, H, K, D]
+    v = v.repeat_interleave(group_size, dim=1)
+    scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
+    mask = context.mask
+    if context.causal:
+        mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = at_least_float32(scores).softmax(-1).to(q.dtype)
+    return F.dropout(weights, context.dropout) @ v
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """The same by PyTorch's fused kernels, which hold no [S, K] scores. Shapes as in `eager_attention`."""
+    if context.seqlens is not None:
+        return attend_per_sequence(sdpa_attention, q, k, v, context.seqlens)
+    shape = q.shape
+    if shape[2] == 1:
+        # One new token: the query heads that share a key pass as queries of one head, which is far faster
+        # than enable_gqa.
+        q = q.reshape(shape[0], k.shape[1], -1, shape[3])
+    out = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=context.mask,
+        is_causal=context.causal,
+        dropout_p=context.dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out.reshape(shape)
+
+
+def attend_per_sequence(
+    attend: Callable, q: Tensor, k: Tensor, v: Tensor, seqlens: list[int]
+) -> Tensor:
+    """Attend within each of the sequences that lie end to end in q, k, v [1, H, N, D].
+
+    No N×N matrix is ever built: sequences of one length become the batch dimension, others follow one another.
+    """
+    context = AttentionContext()
+    if len(set(seqlens)) > 1:
+        parts = zip(q.split(seqlens, 2), k.split(seqlens, 2), v.split(seqlens, 2), strict=True)
+        return torch.cat([attend(*part, context) for part in parts], dim=2)
+    q = q[0].unflatten(1, (len(seqlens), -1)).transpose(0, 1)  # [sequences, H, length, D]
+    k = k[0].unflatten(1, (len(seqlens), -1)).transpose(0, 1)
+    v = v[0].unflatten(1, (len(seqlens), -1)).transpose(0, 1)
+    out = attend(q, k, v, context)
+    return out.transpose(0, 1).flatten(1, 2)[None]  # [1, H, N, D]
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """The same by flash-attn (CUDA, half precision), which takes packed sequences. Padding gives zeros.
+
+    Source: arXiv 2307.08691; flash-attn 2, `flash_attn_varlen_func`. Shapes as in `eager_attention`.
+    """
+    if context.cu_seqlens_q is None:
+        # One new token per sequence only reads the cache: nothing to gain, and packing would copy all of it.
+        return sdpa_attention(q, k, v, context)
+    from flash_attn import flash_attn_varlen_func
+
+    batch_size = q.shape[0]
+    q = q.transpose(1, 2).flatten(0, 1)  # [B·S, H, D]
+    k = k.transpose(1, 2).flatten(0, 1)  # [B·K, G, D]
+    v = v.transpose(1, 2).flatten(0, 1)
+    out = torch.zeros_like(q)
+    if context.unpadded_q is not None:
+        q = q[context.unpadded_q]
+        k = k[context.unpadded_k]
+        v = v[context.unpadded_k]
+    packed = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=context.cu_seqlens_q,
+        cu_seqlens_k=context.cu_seqlens_k,
+        max_seqlen_q=context.max_seqlen_q,
+        max_seqlen_k=context.max_seqlen_k,
+        dropout_p=context.dropout,
+        causal=context.causal,  # aligns the last query with the last key of a sequence
+        window_size=(-1 if context.window is None else context.window - 1, -1),
+    )
+    if context.unpadded_q is None:
+        out = packed
+    else:
+        out[context.unpadded_q] = packed
+    return out.unflatten(0, (batch_size, -1)).transpose(1, 2)  # [B, H, S, D]
+
+
+ATTENTION = {"eager": eager_attention, "sdpa": sdpa_attention, "flash": flash_attention}
+
+
+def cumulative_seqlens(seqlens: Tensor) -> Tensor:
+    """Lengths [sequences] → offsets int32 [sequences + 1], which begin with 0."""
+    return F.pad(seqlens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def vision_attention_context(grid_thw: list[list[int]], device: torch.device) -> AttentionContext:
+    """A patch attends to the patches of its own temporal slice: each slice of h·w patches is a sequence."""
+    seqlens = []
+    for t, h, w in grid_thw:
+        seqlens += [h * w] * t
+    cu_seqlens = cumulative_seqlens(torch.tensor(seqlens)).to(device)
+    longest = max(seqlens)
+    return AttentionContext(
+        seqlens=seqlens if len(seqlens) > 1 else None,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
+    )
+
+
+# ------------------------------------------------------------------------------------- vision encoder
+class PatchEmbed(nn.Module):
+    """One patch → one vector."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        # The published weight is that of a 3-D convolution whose stride equals its kernel. Then each patch meets
+        # the kernel exactly once, and the convolution is one matmul, which is far faster.
+        self.proj = nn.Conv3d(
+            config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)  # [E, channels · frames · height · width]
+        return F.linear(pixel_values.to(weight.dtype), weight)  # [N, E]
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig, attn_implementation: str):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attend = ATTENTION[attn_implementation]
+        self.qkv = Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)  # [N, 3, H, D]
+        q, k, v = qkv.permute(1, 2, 0, 3)[:, None]  # each [1, H, N, D]
+        # Rotated in float32, unlike in the decoder, and rounded back only after.
+        q = apply_rotary_pos_emb(at_least_float32(q), cos, sin).to(x.dtype)
+        k = apply_rotary_pos_emb(at_least_float32(k), cos, sin).to(x.dtype)
+        out = self.attend(q, k, v, context)  # [1, H, N, D]
+        return self.proj(out[0].transpose(0, 1).flatten(1))  # [N, E]
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        inner = int(config.embed_dim * config.mlp_ratio)
+        self.fc1 = Linear(config.embed_dim, inner)
+        self.fc2 = Linear(inner, config.embed_dim)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig, attn_implementation: str):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = VisionAttention(config, attn_implementation)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        x = x + self.attn(self.norm1(x), cos, sin, context)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nn.Module):
+    """A 2×2 block of patches → one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.merged_width = config.embed_dim * config.spatial_merge_size**2  # 4E
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        # nn.GELU() is the exact one here; its tanh approximation would be off by 2e-3 in the logits.
+        self.mlp = nn.Sequential(
+            Linear(self.merged_width, self.merged_width),
+            nn.GELU(),
+            Linear(self.merged_width, config.hidden_size),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The patches of a block are neighbors in memory (that is why preprocessing orders them so): merging
+        # them is a view.
+        return self.mlp(self.ln_q(x).view(-1, self.merged_width))  # [T, C]
+
+
+class VisionTransformer(nn.Module):
+    """Patches of images and videos of any size, end to end → vision tokens, in the same order."""
+
+    def __init__(self, config: VisionConfig, attn_implementation: str = "sdpa"):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList()
+        for _ in range(config.depth):
+            self.blocks.append(VisionBlock(config, attn_implementation))
+        self.merger = PatchMerger(config)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """pixel_values [N, channels · frames · height · width of a patch], grid_thw [images, 3] → [T, C]."""
+        grids = grid_thw.tolist()
+        expected = sum(t * h * w for t, h, w in grids)
+        if expected != len(pixel_values):
+            raise ValueError(
+                f"pixel_values has {len(pixel_values)} patches, expected {expected} for grid_thw {grids}"
+            )
+        x = self.patch_embed(pixel_values)  # [N, E]
+        head_dim = self.config.embed_dim // self.config.num_heads
+        cos, sin = vision_rotary_embedding(grids, head_dim, self.config.spatial_merge_size, like=x)
+        # Frames do not attend to each other here; time is the decoder's business.
+        context = vision_attention_context(grids, x.device)
+        for block in self.blocks:
+            x = block(x, cos, sin, context)
+        return self.merger(x)  # no norm in between, unlike most vision transformers
+
+
+# ---------------------------------------------------------------------------------- positions: M-RoPE
+def get_rope_index(
+    config: Config,
+    input_ids: Tensor,
+    image_grid_thw: Tensor | None = None,
+    video_grid_thw: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the three positions of each token, and what to add to a length to get the next position.
+
+    input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [images or videos, 3] in patches, in reading order
+    → position_ids int64 [3, B, S] (0 where padded), rope_deltas int64 [B, 1].
+
+    Source: arXiv 2409.12191 §2.1 and Figure 3. (transformers 5.x continues after a video at p + max(H, W), so
+    that text overlaps the tail of a long one; 4.x and the published weights follow the paper.)
+    Raises ValueError if the placeholders in input_ids do not match the grids.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    mask = attention_mask.long()
+    position_ids = ((mask.cumsum(1) - 1) * mask).repeat(3, 1, 1)  # correct where there is only text
+    if image_grid_thw is not None or video_grid_thw is not None:
+        grids = {
+            config.image_token_id: [] if image_grid_thw is None else image_grid_thw.tolist(),
+            config.video_token_id: [] if video_grid_thw is None else video_grid_thw.tolist(),
+        }
+        merge_size = config.vision_config.spatial_merge_size
+        for b, real in enumerate(mask.bool()):
+            ids = input_ids[b, real].tolist()
+            spans = find_vision_spans(ids, grids, merge_size)
+            position_ids[:, b, real] = sequence_positions(len(ids), spans).to(input_ids.device)
+        for token_id, unused in grids.items():
+            if unused:
+                raise ValueError(
+                    f"input_ids has no placeholders (id {token_id}) for {len(unused)} of the grids"
+                )
+    largest = position_ids.masked_fill(mask == 0, -1).amax((0, 2))[:, None]  # [B, 1]
+    rope_deltas = largest + 1 - mask.sum(1, keepdim=True)
+    return position_ids, rope_deltas
+
+
+def find_vision_spans(
+    ids: list[int], grids: dict[int, list[list[int]]], merge_size: int
+) -> list[tuple[int, list[int]]]:
+    """Pair each run of placeholders in a sequence with its grid: [(start, merged grid [T, H, W]), ...].
+
+    grids: by placeholder id, in patches; those that are used are removed from the front of their list.
+    """
+    spans = []
+    start = 0
+    while start < len(ids):
+        token_id = ids[start]
+        if token_id not in grids:
+            start += 1
+            continue
+        if not grids[token_id]:
+            raise ValueError(
+                f"there is no grid for the placeholders (id {token_id}) at token {start}"
+            )
+        t, h, w = grids[token_id].pop(0)
+        merged = [t, h // merge_size, w // merge_size]
+        end = start + math.prod(merged)
+        if end == start or ids[start:end] != [token_id] * (end - start):
+            raise ValueError(
+                f"the placeholders (id {token_id}) at token {start} do not match their grid: "
+                f"{[t, h, w]} makes {end - start} tokens"
+            )
+        spans.append((start, merged))
+        start = end
+    return spans
+
+
+def sequence_positions(length: int, spans: list[tuple[int, list[int]]]) -> Tensor:
+    """Return the positions [3, S] of one sequence of `length` tokens with vision tokens at `spans`.
+
+    A text token takes one step on all three axes. An image of T×H×W tokens starts at the next free position p and
+    spans (p + t, p + y, p + x); the text after it continues at p + max(T, H, W), one after its largest position.
+    """
+    positions = [torch.zeros(3, 0, dtype=torch.long)]  # a sequence may be empty
+    p = 0  # the next free position
+    end = 0  # of what has been numbered so far
+    for start, (t, h, w) in spans:
+        text = torch.arange(start - end).expand(3, -1)
+        positions.append(p + text)
+        p += start - end
+        block = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T
+        positions.append(p + block)  # [3, T·H·W]
+        p += max(t, h, w)
+        end = start + t * h * w
+    positions.append(p + torch.arange(length - end).expand(3, -1))
+    return torch.cat(positions, dim=1)
+
+
+def multimodal_rotary_embedding(
+    config: Config, position_ids: Tensor, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """M-RoPE: return cos and sin [B, 1, S, D] for position_ids [3, B, S] (time, height, width), in `like`'s dtype.
+
+    `mrope_section` splits the frequencies, fast ones first: [16, 24, 24] gives the first 16 to time, the next 24
+    to height, the last 24 to width. A text token has three equal positions, which makes this 1-D RoPE for it.
     Source: arXiv 2409.12191 §2.1; transformers 5.23.0, `Qwen2VLRotaryEmbedding`.
     """
-    section = config.rope_scaling["mrope_section"]
-    axis = [
-        i % 3 for i, count in enumerate(section) for _ in range(count)
-    ]  # [D / 2], which row drives it
+    axis = []  # [D / 2]: which of the three positions drives a frequency
+    for i, count in enumerate(config.rope_scaling["mrope_section"]):
+        axis += [i % 3] * count
     positions = position_ids[axis].permute(1, 2, 0)  # [B, S, D / 2]
-    inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, like)
+    inv_freq = compute_inv_freq(config.head_dim, config.rope_theta, like)  # [D / 2]
     attention_scaling = 1.0
     if config.rope_type != "default":
         inv_freq, attention_scaling = rope_types.scale_inv_freq(
@@ -439,178 +649,7 @@ def multimodal_rotary(config: Config, position_ids: Tensor, like: Tensor) -> tup
     return cos.to(like.dtype), sin.to(like.dtype)
 
 
-def get_rope_index(
-    config: Config, input_ids: Tensor, image_grid_thw: Tensor | None = None, video_grid_thw: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The three positions of each token, and what to add to a row's length to get its next position.
-
-    input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [pictures or clips, 3] in patches, in reading order
-    → position_ids int64 [3, B, S] (0 where padded), rope_deltas int64 [B, 1].
-
-    A word takes one step on all three axes. A picture of T×H×W tokens starts at the next free position p and
-    spans (p + t, p + y, p + x); the words after it go on at p + max(T, H, W), one after its largest position.
-    Source: arXiv 2409.12191 §2.1 and Figure 3. (transformers 5.x goes on at p + max(H, W), so that words overlap
-    the tail of a long clip; 4.x and the published weights follow the paper.)
-    Raises ValueError if the placeholders in input_ids do not fit the grids.
-    """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    position_ids = ((mask.cumsum(1) - 1) * mask).repeat(
-        3, 1, 1
-    )  # right already where there are only words
-    if image_grid_thw is not None or video_grid_thw is not None:
-        grids = {
-            config.image_token_id: iter([] if image_grid_thw is None else image_grid_thw.tolist()),
-            config.video_token_id: iter([] if video_grid_thw is None else video_grid_thw.tolist()),
-        }
-        for row, real in enumerate(mask.bool()):
-            positions = row_positions(
-                input_ids[row, real].tolist(), grids, config.vision_config.spatial_merge_size
-            )
-            position_ids[:, row, real] = positions.to(input_ids.device)
-        for token_id, rest in grids.items():
-            if left := len(list(rest)):
-                raise ValueError(f"{left} grids have no placeholders (id {token_id}) in input_ids")
-    largest = position_ids.masked_fill(mask == 0, -1).amax((0, 2))[:, None]  # [B, 1]
-    rope_deltas = largest + 1 - mask.sum(1, keepdim=True)
-    return position_ids, rope_deltas
-
-
-def row_positions(ids: list[int], grids: dict[int, Iterator[list[int]]], merge: int) -> Tensor:
-    """The positions [3, S] of one row without padding; takes the next grid of a kind for each of its pictures."""
-    start, p, parts = (
-        0,
-        0,
-        [torch.zeros(3, 0, dtype=torch.long)],
-    )  # a row may be empty: one that has ended, say
-    while start < len(ids):
-        token = ids[start]
-        if token in grids:
-            grid = next(grids[token], None)
-            t, h, w = (grid[0], grid[1] // merge, grid[2] // merge) if grid else (0, 0, 0)
-            end, step = start + t * h * w, max(t, h, w)
-            if end == start or ids[start:end] != [token] * (end - start):
-                raise ValueError(
-                    f"the placeholders (id {token}) from token {start} on do not fit their grid: "
-                    f"{'there is none left' if grid is None else f'{grid} makes {end - start} tokens'}"
-                )
-            block = torch.cartesian_prod(
-                torch.arange(t), torch.arange(h), torch.arange(w)
-            ).T  # [3, T·H·W]
-        else:
-            end = next((i for i in range(start, len(ids)) if ids[i] in grids), len(ids))
-            step = end - start
-            block = torch.arange(step).expand(3, -1)
-        parts.append(p + block)
-        start, p = end, p + step
-    return torch.cat(parts, dim=1)
-
-
-# ----------------------------------------------------------------------------------------- vision transformer
-class PatchEmbed(nn.Module):
-    """One patch → one vector."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # The published weight is that of a 3-D convolution whose stride equals its kernel. Then each patch meets
-        # the kernel exactly once, and the convolution is one matrix product, which is far faster.
-        self.proj = nn.Conv3d(
-            config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False
-        )
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        weight = self.proj.weight.flatten(1)  # [E, channels · frames · height · width]
-        return F.linear(pixel_values.to(weight.dtype), weight)  # [N, E]
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
-        qkv = self.qkv(x).view(len(x), 3, self.num_heads, -1)  # [N, 3, H, D]
-        q, k, v = qkv.permute(1, 2, 0, 3)[:, None]  # each [1, H, N, D]
-        # Turned in float32, unlike in the decoder, and rounded back only after.
-        q, k = (rotate(at_least_float32(y), cos, sin).to(x.dtype) for y in (q, k))
-        out = attention(q, k, v, plan)  # [1, H, N, D]
-        return self.proj(out[0].transpose(0, 1).flatten(1))  # [N, E]
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        inner = int(config.embed_dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(config.embed_dim, inner)
-        self.fc2 = nn.Linear(inner, config.embed_dim)
-        self.act = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.attn = VisionAttention(config)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        self.mlp = VisionMLP(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, plan)
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchMerger(nn.Module):
-    """A 2×2 block of patches → one token of the decoder's width."""
-
-    def __init__(self, config: VisionConfig):
-        super().__init__()
-        self.merged = config.embed_dim * config.spatial_merge_size**2  # 4E
-        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        # nn.GELU() is the exact one here; its tanh approximation would be off by 2e-3 in the logits.
-        self.mlp = nn.Sequential(
-            nn.Linear(self.merged, self.merged),
-            nn.GELU(),
-            nn.Linear(self.merged, config.hidden_size),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The patches of a block are neighbours in memory (that is why preprocessing orders them so): merging
-        # them is a view.
-        return self.mlp(self.ln_q(x).view(-1, self.merged))  # [T, C]
-
-
-class VisionTransformer(nn.Module):
-    """Patches of pictures and clips of any sizes, end to end → image tokens, in the same order."""
-
-    def __init__(self, config: VisionConfig, attention: str = "sdpa"):
-        super().__init__()
-        self.config, self.attention = config, attention
-        self.patch_embed = PatchEmbed(config)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = PatchMerger(config)
-
-    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values [N, channels · frames · height · width of a patch], grid_thw [pictures, 3] → [T, C]."""
-        grids, config = grid_thw.tolist(), self.config
-        x = self.patch_embed(pixel_values)  # [N, E]
-        if (expected := sum(t * h * w for t, h, w in grids)) != len(x):
-            raise ValueError(f"pixel_values has {len(x)} patches, grid_thw {grids} says {expected}")
-        head_dim = config.embed_dim // config.num_heads
-        cos, sin = vision_rotary(grids, head_dim, config.spatial_merge_size, like=x)
-        # A clip's frames do not see each other here; time is the decoder's business.
-        plan = plan_vision([h * w for t, h, w in grids for _ in range(t)], self.attention, x.device)
-        for block in self.blocks:
-            x = block(x, cos, sin, plan)
-        return self.merger(x)  # no norm in between, unlike most vision transformers
-
-
-# --------------------------------------------------------------------------------------------------- decoder
+# -------------------------------------------------------------------------------------------- decoder
 class KVCache:
     """Keys and values of all tokens so far, and the next position of each sequence.
 
@@ -620,7 +659,7 @@ class KVCache:
     def __init__(
         self,
         config: Config,
-        rows: int,
+        batch_size: int,
         max_length: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -630,14 +669,14 @@ class KVCache:
         self.length = 0  # tokens stored, padding included: the same for all sequences
         shape = (
             config.num_hidden_layers,
-            rows,
+            batch_size,
             config.num_key_value_heads,
             max_length if capacity is None else capacity,
             config.head_dim,
         )
         self.keys = torch.empty(shape, device=device, dtype=dtype)
         self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.next_position = torch.zeros(rows, 1, dtype=torch.long, device=device)  # [B, 1]
+        self.next_position = torch.zeros(batch_size, 1, dtype=torch.long, device=device)  # [B, 1]
 
     @property
     def capacity(self) -> int:
@@ -676,34 +715,43 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = at_least_float32(
+        upcast = at_least_float32(
             x
         )  # the sum of squares would lose its small terms in half precision
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        normalized = upcast * torch.rsqrt(upcast.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalized.to(x.dtype)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    """Causal self-attention with grouped queries: G key/value heads serve H query heads. Source: arXiv 2305.13245."""
+
+    def __init__(self, config: Config, layer: int, attn_implementation: str):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
-        inner, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner)  # q, k and v have biases, o has none
-        self.k_proj = nn.Linear(config.hidden_size, shared)
-        self.v_proj = nn.Linear(config.hidden_size, shared)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.attend = ATTENTION[attn_implementation]
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, config.hidden_size)  # q, k, v have biases, o none
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None,
     ) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # q [B, H, S, D]; k, v [B, G, S, D]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, H, S, D]
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, G, S, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = apply_rotary_pos_emb(q, cos, sin)
+        k = apply_rotary_pos_emb(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # [B, G, K, D]
-        out = attention(q, k, v, plan)  # [B, H, S, D]
+        out = self.attend(q, k, v, context)  # [B, H, S, D]
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, S, C]
 
 
@@ -712,9 +760,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -722,36 +770,114 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    def __init__(self, config: Config, layer: int, attn_implementation: str):
         super().__init__()
         self.window = config.window(layer)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, attn_implementation)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan, cache: KVCache | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        context: AttentionContext,
+        cache: KVCache | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, plan, cache)
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    """Embedded words and pictures → what to say next, as vectors."""
+def decoder_attention_context(
+    x: Tensor,
+    cached: int,
+    attention_mask: Tensor | None,
+    attn_implementation: str,
+    window: int | None = None,
+    dropout: float = 0.0,
+) -> AttentionContext:
+    """A token of x [B, S, C] attends to itself and those before it, cached and new, at most `window`, no padding.
 
-    def __init__(self, config: Config, attention: str = "sdpa"):
+    attention_mask [B, K]: 1 real, 0 padding; None: nothing is padded.
+    """
+    new = x.shape[1]
+    if window is not None and window >= cached + new:
+        window = None  # it leaves nothing out
+    if attention_mask is not None and attention_mask.all():
+        attention_mask = None  # nothing is padded: the fast kernels need no mask
+    if attn_implementation == "flash" and new > 1:
+        return packed_attention_context(x, cached, attention_mask, window, dropout)
+    # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
+    flag_is_enough = cached == 0 or new == 1
+    if flag_is_enough and attention_mask is None and window is None:
+        return AttentionContext(causal=new > 1, dropout=dropout)
+    mask = decoder_mask(x, cached, attention_mask, window)
+    return AttentionContext(mask=mask, dropout=dropout)
+
+
+def decoder_mask(
+    x: Tensor, cached: int, attention_mask: Tensor | None, window: int | None
+) -> Tensor:
+    """Return the dense form of "itself and those before it, at most `window`, no padding": bool [B, 1, S, K]."""
+    batch_size, new = x.shape[:2]
+    total = cached + new
+    query = torch.arange(cached, total, device=x.device)[:, None]  # [S, 1]
+    key = torch.arange(total, device=x.device)  # [K]
+    mask = (key <= query).expand(batch_size, 1, new, total)
+    if window is not None:
+        # Distances count real tokens only: in a batched chat, padding lies between the turns, too.
+        index = key[None] if attention_mask is None else attention_mask.cumsum(1)  # [B or 1, K]
+        distance = index[:, None, cached:, None] - index[:, None, None]
+        mask = mask & (distance < window)
+    if attention_mask is not None:
+        mask = mask & attention_mask[:, None, None].bool()
+        # Padding attends to itself, or its softmax would be 0/0 and the NaN would spread through the values.
+        mask = mask | (key == query)
+    return mask
+
+
+def packed_attention_context(
+    x: Tensor, cached: int, attention_mask: Tensor | None, window: int | None, dropout: float
+) -> AttentionContext:
+    """The same in the form that flash-attn takes: each batch element is a sequence without its padding."""
+    batch_size, new = x.shape[:2]
+    total = cached + new
+    if attention_mask is None:
+        lengths_q = torch.full((batch_size,), new, device=x.device)
+        lengths_k = torch.full((batch_size,), total, device=x.device)
+        unpadded_q = unpadded_k = None
+    else:
+        new_mask = attention_mask[:, cached:]
+        lengths_q = new_mask.sum(1)
+        lengths_k = attention_mask.sum(1)
+        unpadded_q = new_mask.flatten().nonzero()[:, 0]
+        unpadded_k = attention_mask.flatten().nonzero()[:, 0]
+    return AttentionContext(
+        causal=True,
+        cu_seqlens_q=cumulative_seqlens(lengths_q),
+        cu_seqlens_k=cumulative_seqlens(lengths_k),
+        max_seqlen_q=int(lengths_q.max()),
+        max_seqlen_k=int(lengths_k.max()),
+        unpadded_q=unpadded_q,
+        unpadded_k=unpadded_k,
+        window=window,
+        dropout=dropout,
+    )
+
+
+class Decoder(nn.Module):
+    """Embedded tokens → hidden states from which the next token is predicted."""
+
+    def __init__(self, config: Config, attn_implementation: str = "sdpa"):
         super().__init__()
-        self.config, self.attention = config, attention
-        table = torch.empty(
-            config.vocab_size, config.hidden_size
-        )  # "meta" would import torch._dynamo to draw it
-        self.embed_tokens = nn.Embedding.from_pretrained(
-            table if table.is_meta else table.normal_(), freeze=False
-        )
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-        )
+        self.config = config
+        self.attn_implementation = attn_implementation
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList()
+        for layer in range(config.num_hidden_layers):
+            self.layers.append(DecoderLayer(config, layer, attn_implementation))
         self.windows = {layer.window for layer in self.layers}  # {None} in the published models
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -763,82 +889,125 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """x [B, S, C], position_ids [3, B, S], attention_mask [B, K] → [B, S, C]."""
-        rows, new = x.shape[:2]
-        total = new if cache is None else cache.length + new
+        batch_size, new = x.shape[:2]
+        cached = 0 if cache is None else cache.length
+        total = cached + new
         if cache is not None:
             cache.reserve(total)
-        if attention_mask is not None and attention_mask.shape != (rows, total):
+        if attention_mask is not None and attention_mask.shape != (batch_size, total):
             raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}, expected {[rows, total]}"
+                f"attention_mask is {list(attention_mask.shape)}, expected {[batch_size, total]}"
             )
-        cos, sin = multimodal_rotary(self.config, position_ids, like=x)
+        cos, sin = multimodal_rotary_embedding(self.config, position_ids, like=x)
         dropout = self.config.attention_dropout if self.training else 0.0
-        plans = {
-            w: plan_decoder(x, total - new, attention_mask, self.attention, w, dropout)
-            for w in self.windows
-        }
+        contexts = {}
+        for window in self.windows:
+            contexts[window] = decoder_attention_context(
+                x, cached, attention_mask, self.attn_implementation, window, dropout
+            )
         for layer in self.layers:
-            x = layer(x, cos, sin, plans[layer.window], cache)
+            x = layer(x, cos, sin, contexts[layer.window], cache)
         if cache is not None:
             cache.length = total
         return self.norm(x)
 
 
-# -------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------ the model
 class Qwen2VL(nn.Module):
-    """The whole: pictures become tokens, stand in the text where their placeholders stood, and are read with it."""
+    """The whole model: vision tokens take the places of their placeholders and are read with the text."""
 
-    def __init__(self, config: Config, attention: str = "sdpa"):
-        """attention: "plain" (the textbook lines), "sdpa" (PyTorch's fused kernels) or "flash" (flash-attn)."""
+    def __init__(self, config: Config, attn_implementation: str = "sdpa"):
+        """Build the model with the published initialization.
+
+        attn_implementation: "eager" (the formula line by line), "sdpa" (PyTorch's fused kernels) or "flash"
+        (flash-attn).
+        """
         super().__init__()
-        if attention not in ("plain", "sdpa", "flash"):
-            raise ValueError(f"attention is {attention!r}, expected 'plain', 'sdpa' or 'flash'")
+        if attn_implementation == "plain":
+            warnings.warn('attn_implementation "plain" is now called "eager"', stacklevel=2)
+            attn_implementation = "eager"
+        if attn_implementation not in ATTENTION:
+            raise ValueError(
+                f"attn_implementation is {attn_implementation!r}, expected one of {', '.join(ATTENTION)}"
+            )
         self.config = config
-        self.visual = VisionTransformer(config.vision_config, attention)
-        self.model = Decoder(config, attention)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.attn_implementation = attn_implementation
+        self.visual = VisionTransformer(config.vision_config, attn_implementation)
+        self.model = Decoder(config, attn_implementation)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
+        if not self.lm_head.weight.is_meta:
+            self.apply(self.init_weights)
         self.generation_config: dict = {}  # generation_config.json, where the checkpoint has one
 
     def tie_weights(self) -> None:
-        """One table both embeds a token and scores it, in the small models (`tie_word_embeddings`)."""
+        """One matrix both embeds a token and scores it, in the small models (`tie_word_embeddings`)."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def embed(
-        self, input_ids: Tensor, token_id: int, pixels: Tensor, grid_thw: Tensor, x: Tensor
+    def init_weights(self, module: nn.Module) -> None:
+        """Draw one module's weights from N(0, initializer_range²); biases are 0, weights of norms 1.
+
+        Source: transformers 5.23.0, `PreTrainedModel._init_weights`. Norms are constructed with their values.
+        """
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def merge_vision_features(
+        self, x: Tensor, input_ids: Tensor, token_id: int, pixel_values: Tensor, grid_thw: Tensor
     ) -> Tensor:
-        """x [B, S, C] with the tokens of pictures or clips in the place of their placeholders, in reading order."""
-        features = self.visual(pixels, grid_thw)  # [T, C]
-        places = input_ids == token_id  # [B, S]
-        if (count := int(places.sum())) != len(features):
+        """Return x [B, S, C] with vision tokens in the places of the placeholders `token_id`, in reading order."""
+        features = self.visual(pixel_values, grid_thw)  # [T, C]
+        placeholders = input_ids == token_id  # [B, S]
+        count = int(placeholders.sum())
+        if count != len(features):
             raise ValueError(
-                f"input_ids has {count} placeholders (id {token_id}), grid_thw {len(features)}"
+                f"input_ids has {count} placeholders (id {token_id}), expected {len(features)} for grid_thw"
             )
-        return x.masked_scatter(
-            places[..., None], features.to(x.dtype)
-        )  # they differ under autocast, in training
+        # The dtypes differ under autocast, in training.
+        return x.masked_scatter(placeholders[..., None], features.to(x.dtype))
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        cache: KVCache | None = None, pixel_values: Tensor | None = None, image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None, video_grid_thw: Tensor | None = None, logits_to_keep: int = 0,
-    ) -> Tensor:  # fmt: skip
-        """Logits [B, S, V] of the token after each of input_ids [B, S].
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states [B, S, C] after the last norm, before `lm_head`.
 
-        attention_mask [B, K]: 1 real, 0 padding (on the left), over cached and new tokens; None: all are real.
-        position_ids [3, B, S]: by default get_rope_index of the new tokens, going on where the cache stands.
+        input_ids [B, S] int64; attention_mask [B, K]: 1 real, 0 padding (on the left), over cached and new tokens;
+        None: all are real.
+        position_ids [3, B, S]: by default `get_rope_index` of the new tokens, continued from the cache.
         cache: what earlier calls computed; the new tokens are added to it.
-        pixel_values, image_grid_thw (and the same for videos): the pictures of *these* input_ids only, so a
-        decode step passes none and the vision transformer runs once per picture.
-        logits_to_keep: score only the last so many positions (0: all); a prefill needs just one.
+        pixel_values, image_grid_thw (and the same for videos): the images of *these* input_ids only, so a decode
+        step passes none and the vision encoder runs once per image.
+        inputs_embeds [B, S, C]: take the place of the embedded input_ids, which are then needed only to locate
+        placeholders and may be left out for text.
+
+        Source: transformers 5.23.0, `Qwen2VLModel.forward`, whose `last_hidden_state` this equals.
         """
         config = self.config
-        x = self.model.embed_tokens(input_ids)  # [B, S, C]
+        if input_ids is None:
+            input_ids = text_ids_for(inputs_embeds, pixel_values, pixel_values_videos)
+        x = (
+            self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        )  # [B, S, C]
         if pixel_values is not None:
-            x = self.embed(input_ids, config.image_token_id, pixel_values, image_grid_thw, x)
+            x = self.merge_vision_features(
+                x, input_ids, config.image_token_id, pixel_values, image_grid_thw
+            )
         if pixel_values_videos is not None:
-            x = self.embed(input_ids, config.video_token_id, pixel_values_videos, video_grid_thw, x)
+            x = self.merge_vision_features(
+                x, input_ids, config.video_token_id, pixel_values_videos, video_grid_thw
+            )
         if position_ids is None:
             new_mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
             position_ids, rope_deltas = get_rope_index(
@@ -846,9 +1015,66 @@ class Qwen2VL(nn.Module):
             )
             if cache is not None:
                 # Positions only ever count on from the largest so far, so new tokens are numbered by themselves
-                # and moved: the same line serves a prefill, a decode step and the next turn of a chat.
+                # and shifted: the same line serves a prefill, a decode step and the next turn of a chat.
                 position_ids = position_ids + cache.next_position
-                length = input_ids.shape[1] if new_mask is None else new_mask.sum(1, keepdim=True)
-                cache.next_position = cache.next_position + length + rope_deltas
-        x = self.model(x, position_ids, attention_mask, cache)  # [B, S, C]
-        return self.lm_head(x[:, -logits_to_keep:])
+                new_length = input_ids.shape[1]
+                if new_mask is not None:
+                    new_length = new_mask.sum(1, keepdim=True)
+                cache.next_position = cache.next_position + new_length + rope_deltas
+        return self.model(x, position_ids, attention_mask, cache)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the logits [B, S, V] of the token after each of input_ids [B, S].
+
+        The arguments up to inputs_embeds are those of `hidden_states`.
+        labels [B, S]: the ids themselves, -100 where the loss is not to count; then (loss, logits) is returned.
+        logits_to_keep: score only the last so many positions (0: all); a prefill needs just one.
+        """
+        x = self.hidden_states(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            inputs_embeds,
+        )  # [B, S, C]
+        logits = self.lm_head(x[:, -logits_to_keep:])
+        if labels is None:
+            return logits
+        return next_token_loss(logits, labels), logits
+
+
+def text_ids_for(inputs_embeds: Tensor | None, *pixels: Tensor | None) -> Tensor:
+    """Return ids [B, S] that stand for embeddings of text: no id is a placeholder. Raises ValueError."""
+    if inputs_embeds is None:
+        raise ValueError("expected input_ids or inputs_embeds, got neither")
+    if any(values is not None for values in pixels):
+        raise ValueError(
+            "images and videos need input_ids beside inputs_embeds, to find their places"
+        )
+    return torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of logits [B, S, V] at the labels [B, S] shifted by one, without those of -100.
+
+    Source: transformers 5.23.0, `ForCausalLMLoss`.
+    """
+    predictions = at_least_float32(logits[:, :-1]).flatten(0, 1)
+    return F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=-100)

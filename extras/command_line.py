@@ -109,7 +109,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--attention",
-        choices=("auto", "plain", "sdpa", "flash"),
+        choices=("auto", "eager", "sdpa", "flash", "plain"),
         default="auto",
         help="(default: auto)",
     )
@@ -454,7 +454,8 @@ def loaded(arguments: argparse.Namespace, model: Qwen2VL, seconds: float) -> str
             f"{form}, the decoder {arguments.quantize}",
         )
     name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"
-    line = f"loaded {name}: {size}, {form}, {model.model.attention} attention, on {weight.device}, in {seconds:.2f} s"
+    line = f"loaded {name}: {size}, {form}, {model.attn_implementation} attention, "
+    line += f"on {weight.device}, in {seconds:.2f} s"
     return line if arguments.model else f"{line}\n{TINY_NOTE}"
 
 

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from qwen2vl import AttentionPlan, KVCache, Qwen2VL, multimodal_rotary
+from qwen2vl import AttentionContext, KVCache, Qwen2VL, multimodal_rotary_embedding
 
 
 class Step:
@@ -51,7 +51,7 @@ class Step:
         self.visible = torch.zeros(rows, 1, 1, cache.capacity, dtype=torch.bool, device=device)
         # No token is further on than there are tokens before it, so L rows of angles are enough.
         positions = torch.arange(cache.capacity, device=device).expand(3, 1, -1)
-        self.angles = multimodal_rotary(
+        self.angles = multimodal_rotary_embedding(
             model.config, positions, like=model.model.norm.weight
         )  # two of [1, 1, L, D]
 
@@ -69,9 +69,9 @@ class Step:
         cos, sin = (
             table[0, 0, self.position][:, None, None] for table in self.angles
         )  # [B, 1, 1, D]
-        plan = AttentionPlan("plain" if decoder.attention == "plain" else "sdpa", mask=self.visible)
+        context = AttentionContext(mask=self.visible)
         for layer in decoder.layers:
-            x = layer(x, cos, sin, plan, self)
+            x = layer(x, cos, sin, context, self)
         self.logits = self.model.lm_head(decoder.norm(x))
 
     def __call__(self, ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from extras import batch_file, command_line, linear
+import linear
+from extras import batch_file, command_line
 from load_weights import checkpoint_dtype, choose_attention, empty_model, find_device, load_config
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, get_rope_index
@@ -141,7 +142,8 @@ def weights(config: Config, dtype: torch.dtype, quantize: str | None = None) -> 
     """Return the bytes of the parameters of a run in this dtype, and a remark with their number."""
     model = empty_model(config).to(dtype)
     count = sum(p.numel() for p in model.parameters())  # a tied head once
-    linear.swap(model, quantize)
+    if quantize:
+        linear.quantize_linears(model, quantize)
     name = str(dtype).removeprefix("torch.") + (
         f", the decoder's in {quantize}" if quantize else ""
     )

@@ -285,7 +285,7 @@ class Trace:
         )
         return [
             f"THE MODEL   {sum(p.numel() for p in self.model.parameters()):,} parameters in {plain(weight.dtype)} on "
-            f"{weight.device}, {self.model.model.attention} attention{quantised}",
+            f"{weight.device}, {self.model.attn_implementation} attention{quantised}",
             "  Operations: the multiplications and additions of matrix products and attention; masked looks count.",
         ]
 

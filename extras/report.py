@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from extras.explain import prompt_text, runs
 from preprocess import Batch, Grid, ImageConfig, Processor
-from qwen2vl import Qwen2VL, at_least_float32, get_rope_index, rotate
+from qwen2vl import Qwen2VL, apply_rotary_pos_emb, at_least_float32, get_rope_index
 from tokenizer import StreamDecoder
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -59,7 +59,10 @@ def look(model: Qwen2VL, batch: Batch, ids: list[int], columns: list[int]) -> tu
         heads = (-1, attention.head_dim)
         q = attention.q_proj(x[:, rows]).unflatten(-1, heads).transpose(1, 2)  # [1, H, A, D]
         k = attention.k_proj(x).unflatten(-1, heads).transpose(1, 2)  # [1, G, S + A - 1, D]
-        q, k = rotate(q, cos[:, :, rows], sin[:, :, rows]), rotate(k, cos, sin)
+        q, k = (
+            apply_rotary_pos_emb(q, cos[:, :, rows], sin[:, :, rows]),
+            apply_rotary_pos_emb(k, cos, sin),
+        )
         scores = (
             q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * attention.head_dim**-0.5
         )

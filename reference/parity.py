@@ -42,7 +42,6 @@ from qwen2vl import get_rope_index
 LIMITS = {"float64": 2e-5, "float32": 1e-4, "bfloat16": 0.2, "float16": 0.03}
 
 # The attention implementations, by their names in `load_model` and in transformers.
-OUR_ATTENTION = {"eager": "plain", "sdpa": "sdpa", "flash": "flash"}
 REFERENCE_ATTENTION = {"eager": "eager", "sdpa": "sdpa", "flash": "flash_attention_2"}
 
 
@@ -283,7 +282,7 @@ def run_ours(
 ) -> tuple[dict[str, Tensor], list[int]]:
     """Run this repository's model: {rung: tensor} and the new tokens."""
     dtype = getattr(torch, arguments.dtype)
-    attention = OUR_ATTENTION[arguments.attn_implementation]
+    attention = arguments.attn_implementation
     model = load_model(folder, arguments.device, dtype, attention)
     tensors = to_device(inputs, find_device(arguments.device))
     with recorded_outputs(modules_by_rung(model.visual, model.model, model.lm_head)) as outputs:

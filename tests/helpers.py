@@ -220,7 +220,7 @@ def our_config(config):
 def our_model(config, weights, dtype=torch.float32, attention="sdpa"):
     from qwen2vl import Qwen2VL
 
-    model = Qwen2VL(our_config(config), attention=attention)
+    model = Qwen2VL(our_config(config), attn_implementation=attention)
     missing, extra = model.load_state_dict(weights, strict=False)
     assert not extra, f"names that the model does not know: {extra}"
     assert set(missing) <= {"lm_head.weight"}, f"names that the model lacks: {missing}"
@@ -303,7 +303,7 @@ def cached_logits(model, batch, ids, prefill):
     if "attention_mask" in batch:
         mask[:, : batch["attention_mask"].shape[1]] = batch["attention_mask"]
     cache = KVCache(
-        model.config, rows=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype
+        model.config, batch_size=len(ids), max_length=ids.shape[1], dtype=model.lm_head.weight.dtype
     )
     first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
     steps = [model(**first, cache=cache)]

@@ -140,7 +140,7 @@ def counted_flop(work):
 def test_the_work_of_the_vision_tower_is_what_pytorch_counts(tiny_config):
     media = [(1, 4, 6), (3, 4, 4)]
     model, merged = (
-        Qwen2VL(tiny_config, attention="plain"),
+        Qwen2VL(tiny_config, attn_implementation="eager"),
         tiny_config.vision_config.spatial_merge_size**2,
     )
     grids = torch.tensor([(t, 2 * h, 2 * w) for t, h, w in media])
@@ -154,7 +154,7 @@ def test_the_work_of_the_vision_tower_is_what_pytorch_counts(tiny_config):
 
 def test_the_work_of_the_decoder_is_what_pytorch_counts_less_the_masked_half(tiny_config):
     rows, new = 2, 12
-    model = Qwen2VL(tiny_config, attention="plain")
+    model = Qwen2VL(tiny_config, attn_implementation="eager")
     flop, size = checkpoint.decoder_work(tiny_config, rows, new, 0, itemsize=4)
     counted = counted_flop(lambda: model(torch.ones(rows, new, dtype=torch.long), logits_to_keep=1))
     layers, width = tiny_config.num_hidden_layers, tiny_config.hidden_size

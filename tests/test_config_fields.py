@@ -31,7 +31,7 @@ from qwen2vl import ACTIVATIONS, KVCache
 FLOAT32, FLOAT64 = 3e-5, 1e-9  # largest absolute difference from the reference, from the oracle
 SAME = 1e-12  # between two ways of computing the same float64 numbers
 GOLDEN = Path(__file__).parent / "golden"
-WAYS = ("plain", "sdpa", "flash")
+WAYS = ("eager", "sdpa", "flash")
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +99,7 @@ def test_the_window_in_a_padded_batch_is_the_reference_s():
     real = batch["attention_mask"].bool()
     assert not real.all()
     expected = helpers.reference_logits(reference(SLIDING), SLIDING, batch)
-    for attention in ("plain", "sdpa"):
+    for attention in ("eager", "sdpa"):
         assert gap(ours(SLIDING, attention=attention)(**batch)[real], expected[real]) <= FLOAT32
 
 
@@ -136,7 +136,7 @@ def test_the_window_counts_no_padding_between_the_turns_of_a_chat(attention, fla
     turns = [
         [random_row(SLIDING, [n], 10 * n) for n in lengths] for lengths in ((4, 9), (8, 1), (2, 6))
     ]
-    kv = KVCache(model.config, rows=2, max_length=64, dtype=torch.float64)
+    kv = KVCache(model.config, batch_size=2, max_length=64, dtype=torch.float64)
     mask, out = torch.zeros(2, 0, dtype=torch.long), [[], []]
     for turn in turns:
         batch = make_batch(turn)
@@ -193,7 +193,7 @@ def test_attention_dropout_is_for_training_only(attention, flash, monkeypatch):
 
         monkeypatch.setattr(owner, name, watched)
 
-    if attention == "plain":
+    if attention == "eager":
         watch(torch.nn.functional, "dropout", "p")
     elif attention == "sdpa":
         watch(torch.nn.functional, "scaled_dot_product_attention", "dropout_p")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import generate
-from extras import linear
-from extras.linear import MANY, CPULinear, Int4Linear, Int8Linear
+import linear
 from generate import TINY
+from linear import MANY_ROWS, Int4Linear, Int8Linear, Linear
 from load_weights import load_model, save_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
@@ -44,12 +44,12 @@ def wanted(plain, x):
 
 # --------------------------------------------------------------------------------------------- the right kernel
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 5), (1, MANY), (7, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 5), (1, MANY_ROWS), (7, 33)], ids=str)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_every_dtype_and_number_of_rows_gives_the_plain_product(dtype, shape, bias):
     plain = layer(48, 37, bias, dtype)
     x = torch.randn(*shape, 48).to(dtype)
-    found = linear.product(
+    found = linear.cpu_matmul(
         x, plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
     )
     assert found.dtype == dtype
@@ -66,19 +66,19 @@ def test_a_processor_without_half_products_widens_many_rows_and_no_fewer(dtype, 
             widened.append(len(x))
         return F.linear(x, *more)
 
-    monkeypatch.setattr(linear, "has_half_products", lambda dtype: False)
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: False)
     monkeypatch.setattr(linear, "onednn_linear", watched)
     plain = layer(48, 37, dtype=dtype)
     with torch.no_grad():
-        for rows in (1, 2, MANY - 1, MANY, 100):
+        for rows in (1, 2, MANY_ROWS - 1, MANY_ROWS, 100):
             x = torch.randn(rows, 48).to(dtype)
-            found = linear.product(x, plain.weight, plain.bias)
+            found = linear.cpu_matmul(x, plain.weight, plain.bias)
             assert found.dtype == dtype
             assert error(found, wanted(plain, x)) < LIMITS[dtype]
-    assert widened == [MANY, 100]
-    monkeypatch.setattr(linear, "has_half_products", lambda dtype: True)
-    linear.product(x, plain.weight, plain.bias)
-    assert widened == [MANY, 100]
+    assert widened == [MANY_ROWS, 100]
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: True)
+    linear.cpu_matmul(x, plain.weight, plain.bias)
+    assert widened == [MANY_ROWS, 100]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -92,10 +92,10 @@ def test_product_never_changes_the_onednn_switch(dtype, enabled, monkeypatch):
 
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     monkeypatch.setattr(F, "linear", watched)
-    for rows in (1, 2, MANY):
+    for rows in (1, 2, MANY_ROWS):
         x, weight = torch.randn(rows, 48).to(dtype), torch.randn(37, 48).to(dtype)
         expected = multiply(x.double(), weight.double())
-        assert error(linear.product(x, weight), expected) < LIMITS[dtype]
+        assert error(linear.cpu_matmul(x, weight), expected) < LIMITS[dtype]
     assert set(during) <= {enabled}
     assert torch.backends.mkldnn.enabled == enabled
 
@@ -103,7 +103,7 @@ def test_product_never_changes_the_onednn_switch(dtype, enabled, monkeypatch):
 THREADS = """
 import sys, threading
 import torch
-from extras import linear
+import linear
 from generate import TINY, Sampling, generate
 from load_weights import load_model
 from preprocess import Processor
@@ -151,9 +151,9 @@ def test_threads_with_one_model_answer_as_one_thread_does(dtype, kernel, threads
 
 def test_int4_is_refused_where_it_has_no_kernel():
     model = nn.Sequential(layer(32, 16)).to(torch.device("meta"))
-    linear.swap(model, "int4")  # to be counted only
+    linear.quantize_linears(model, "int4")  # to be counted only
     with pytest.raises(ValueError, match="int4 weights are for the CPU, this model is on cuda"):
-        linear.swap(
+        linear.quantize_linears(
             types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(device=CUDA)])),
             "int4",
         )
@@ -162,23 +162,23 @@ def test_int4_is_refused_where_it_has_no_kernel():
 def test_gradients_are_pytorchs_own():
     model = load_model(TINY, "cpu", torch.float32)
     chosen = model.model.layers[0].mlp.up_proj
-    assert isinstance(chosen, CPULinear)
+    assert isinstance(chosen, Linear)
     model(torch.tensor([[1, 2, 3]])).sum().backward()
     assert chosen.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_model_of_these_layers_computes_what_the_plain_one_does(shape):
-    plain = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
-    quick = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
-    linear.swap(quick, None)
-    kinds = {type(module) for module in quick.modules() if isinstance(module, nn.Linear)}
-    assert kinds == {CPULinear}
+def test_linear_computes_what_pytorchs_own_layer_does(shape, monkeypatch):
+    model = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {Linear}
     inputs = make_batch(
         [random_row(SHAPES[shape], [3, ("image", 2, 3), 5]), random_row(SHAPES[shape], [4])]
     )
     with torch.no_grad():
-        assert helpers.gap(quick(**inputs), plain(**inputs)) < 1e-5
+        found = model(**inputs)
+        monkeypatch.setattr(linear, "cpu_matmul", nn.functional.linear)
+        assert helpers.gap(found, model(**inputs)) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------- fewer bits
@@ -217,7 +217,7 @@ def test_four_bits_are_about_half_a_step_from_the_weights(outputs, inputs, size)
 
 
 @pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.015), (Int4Linear, 0.12)])
-@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, MANY), (2, 40)], ids=str)
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, MANY_ROWS), (2, 40)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_of_fewer_bits_is_near_the_plain_one(kind, limit, rows, dtype):
     plain = layer(64, 37, dtype=dtype)
@@ -248,7 +248,7 @@ def test_bfloat16_is_taken_for_quick_only_with_instructions_for_it(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    assert linear.has_half_products(torch.bfloat16) == wanted
+    assert linear.has_fast_half_matmul(torch.bfloat16) == wanted
 
 
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
@@ -306,7 +306,7 @@ def test_decoder_and_head_are_quantised_and_the_vision_tower_is_not(quantize, ki
         name: type(module) for name, module in model.named_modules() if hasattr(module, "bias")
     }
     assert kinds["lm_head"] == kinds["model.layers.0.self_attn.q_proj"] == kind
-    assert kinds["visual.blocks.0.mlp.fc1"] == kinds["visual.merger.mlp.2"] == CPULinear
+    assert kinds["visual.blocks.0.mlp.fc1"] == kinds["visual.merger.mlp.2"] == Linear
     assert all(type(module) is not nn.Linear for module in model.modules())
 
 
@@ -347,7 +347,7 @@ def test_the_command_line_quantises_and_says_how_much_is_held(quantize, capsys):
 def test_swapping_needs_no_memory_on_the_meta_device():
     with torch.device("meta"):
         model = Qwen2VL(our_config(SHAPES["plain"]))
-    linear.swap(model, "int8")
+    linear.quantize_linears(model, "int8")
     assert model.lm_head.weight.dtype == torch.int8
     assert model.lm_head.weight.is_meta
-    assert type(model.visual.blocks[0].mlp.fc1) is nn.Linear
+    assert type(model.visual.blocks[0].mlp.fc1) is Linear

@@ -19,7 +19,6 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
-from extras import linear
 from load_weights import (
     choose_attention,
     find_device,
@@ -55,7 +54,6 @@ def write(folder, config, weights, shards=1):
 
 
 def logits(model, config):
-    linear.swap(model, None)  # as a loaded one has it: another kernel may round otherwise
     batch = make_batch([random_row(config, [3, ("image", 2, 3), 4], seed=1)])
     with torch.no_grad():
         return model(**batch)

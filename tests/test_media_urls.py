@@ -20,6 +20,19 @@ from preprocess import load_video
 SHAPES = Path(__file__).parent.parent / "examples" / "shapes.png"
 
 
+REDIRECTIONS = {"/moved": "/shapes.png", "/round": "/round"}
+RAW_RESPONSES = {
+    "/strange": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
+    "/garbage": b"\x00\xff nothing of HTTP\r\n\r\n",
+}
+BODIES = {
+    "/shapes.png": SHAPES.read_bytes(),
+    "/crossing.mp4": SHAPES.with_name("crossing.mp4").read_bytes(),
+    "/words": b"no picture",
+    "/page": b"<!DOCTYPE html><html><body>Log in first</body></html>",
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     """Answers by path; `/silent` keeps the line open without a word until the test is over."""
 
@@ -27,28 +40,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         content = SHAPES.read_bytes()
-        if self.path == "/shapes.png":
-            self.reply(200, content)
-        elif self.path == "/crossing.mp4":
-            self.reply(200, SHAPES.with_name("crossing.mp4").read_bytes())
-        elif self.path == "/moved":
-            self.reply(302, b"", Location="/shapes.png")
-        elif self.path == "/round":
-            self.reply(302, b"", Location="/round")
+        if self.path == "/silent":
+            self.over.wait()
+        elif self.path in RAW_RESPONSES:
+            self.wfile.write(RAW_RESPONSES[self.path])
+        elif self.path in REDIRECTIONS:
+            self.reply(302, b"", Location=REDIRECTIONS[self.path])
         elif self.path == "/long":
             self.reply(200, content, length=False)
-        elif self.path == "/words":
-            self.reply(200, b"no picture")
-        elif self.path == "/page":
-            self.reply(200, b"<!DOCTYPE html><html><body>Log in first</body></html>")
-        elif self.path == "/strange":
-            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n")
-        elif self.path == "/garbage":
-            self.wfile.write(b"\x00\xff nothing of HTTP\r\n\r\n")
-        elif self.path == "/silent":
-            self.over.wait()
         elif self.path == "/cut":
             self.reply(200, content[:500], length=len(content))
+        elif self.path in BODIES:
+            self.reply(200, BODIES[self.path])
         else:
             self.reply(404, b"nothing here")
 

@@ -214,7 +214,7 @@ def test_flash_attention(monkeypatch):
     for installed in (True, False):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, found=installed: found or None)
         with pytest.raises(ValueError, match="attention 'flash' cannot be used: "):
-            load_model(TINY, device="cpu", dtype=torch.bfloat16, attention="flash")
+            load_model(TINY, device="cpu", dtype=torch.bfloat16, attn_implementation="flash")
 
 
 def test_a_model_from_a_default_configuration():

@@ -19,13 +19,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen2vl import AttentionPlan, KVCache, get_rope_index
-from qwen2vl import attention as attend
+from qwen2vl import (
+    AttentionContext,
+    KVCache,
+    Qwen2VL,
+    eager_attention,
+    get_rope_index,
+    sdpa_attention,
+)
 
 FLOAT32, FLOAT64 = 3e-5, 1e-9  # largest absolute difference from the reference, from the oracle
 SAME = 1e-12  # between two ways of computing the same float64 numbers
 GOLDEN = Path(__file__).parent / "golden"
-WAYS = ("plain", "sdpa", "flash")
+IMPLEMENTATIONS = ("eager", "sdpa", "flash")
 
 # A number is so many words; a picture is (height, width) and a clip (time, height, width), in tokens.
 CONVERSATIONS = {
@@ -164,7 +170,7 @@ def test_the_oracle_is_the_reference_without_its_roundings(shape, unrounded_refe
         assert gap(helpers.oracle_run(config, weights, row)["logits"], expected) <= SAME
 
 
-@pytest.mark.parametrize(("attention", "their_attention"), [("sdpa", "sdpa"), ("plain", "eager")])
+@pytest.mark.parametrize(("attention", "their_attention"), [("sdpa", "sdpa"), ("eager", "eager")])
 def test_bfloat16_is_no_further_from_float64_than_the_reference(attention, their_attention):
     """Two bf16 runs wander apart by more than either should; what counts is how far each is from the truth."""
     pytest.importorskip("transformers")
@@ -208,7 +214,7 @@ def test_cached_steps_are_the_reference_s_generation():
         return_dict_in_generate=True,
         pad_token_id=helpers.PAD,
     )
-    cache = KVCache(model.config, rows=2, max_length=made.sequences.shape[1])
+    cache = KVCache(model.config, batch_size=2, max_length=made.sequences.shape[1])
     logits, mask = model(**batch, cache=cache, logits_to_keep=1), batch["attention_mask"]
     for step, expected in enumerate(made.logits):
         assert gap(logits[:, -1], expected) <= FLOAT32
@@ -255,7 +261,7 @@ def golden_batch(found, case, dtype):
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_golden_model(name, case, flash):
     config, weights, found = golden(name)
-    for attention in WAYS:
+    for attention in IMPLEMENTATIONS:
         batch = golden_batch(found, case, torch.float32)
         model = our_model(config, weights, attention=attention)
         positions, deltas = rope_index(config, batch)
@@ -366,7 +372,7 @@ def test_all_attention_ways_agree(shape, flash):
     batches = [make_batch([row], torch.float64) for row in rows_of(config)]
     batches.append(make_batch(rows_of(config), torch.float64))  # left padded
     for batch in batches:
-        plain, sdpa, packed = (ours(shape, torch.float64, way)(**batch) for way in WAYS)
+        plain, sdpa, packed = (ours(shape, torch.float64, way)(**batch) for way in IMPLEMENTATIONS)
         real = real_tokens(batch)
         assert gap(sdpa[real], plain[real]) <= SAME
         assert gap(packed[real], plain[real]) <= SAME
@@ -391,7 +397,7 @@ def test_flash_attention_gets_packed_sequences(flash):
     )
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", ["plain", "tied", "one kv head"])
 def test_each_row_of_a_batch_gives_what_it_gives_alone(shape, attention, flash):
     config = SHAPES[shape]
@@ -404,7 +410,7 @@ def test_each_row_of_a_batch_gives_what_it_gives_alone(shape, attention, flash):
             )
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_padding_holds_nothing_that_reaches_the_rest(attention, flash):
     """Whatever ids stand in the padding, also a lot of it, and nothing comes out as NaN."""
     config, model = SHAPES["plain"], ours("plain", torch.float64, attention)
@@ -420,7 +426,7 @@ def test_padding_holds_nothing_that_reaches_the_rest(attention, flash):
 # ------------------------------------------------------------------------------------------------ the cache
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", ["plain", "tied", "one kv head"])
 def test_cached_decoding_is_the_run_without_cache(shape, attention, flash):
     """A left-padded batch, all but the last five words of each row first, then word by word."""
@@ -435,7 +441,7 @@ def test_cached_decoding_is_the_run_without_cache(shape, attention, flash):
         batch["attention_mask"],
         batch["input_ids"].shape[1] - 5,
     )
-    cache = KVCache(model.config, rows=3, max_length=ids.shape[1], dtype=torch.float64)
+    cache = KVCache(model.config, batch_size=3, max_length=ids.shape[1], dtype=torch.float64)
     first = batch | {"input_ids": ids[:, :prefill], "attention_mask": mask[:, :prefill]}
     steps = [model(**first, cache=cache)]
     for i in range(prefill, ids.shape[1]):
@@ -450,7 +456,7 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("chats", [CHATS, CHATS[:1]], ids=["two of different lengths", "one"])
 def test_a_conversation_goes_on_in_the_cache(chats, attention, flash):
     """Three turns, with new pictures in the second: several new tokens follow cached ones, positions count on,
@@ -460,7 +466,7 @@ def test_a_conversation_goes_on_in_the_cache(chats, attention, flash):
         [random_row(config, turn, 10 * r + t) for t, turn in enumerate(chat)]
         for r, chat in enumerate(chats)
     ]
-    cache = KVCache(model.config, rows=len(chats), max_length=64, dtype=torch.float64)
+    cache = KVCache(model.config, batch_size=len(chats), max_length=64, dtype=torch.float64)
     mask, out = torch.zeros(len(chats), 0, dtype=torch.long), [[] for _ in chats]
     for turn in zip(*rows, strict=True):
         batch = make_batch(turn, torch.float64)
@@ -483,7 +489,7 @@ def test_a_model_keeps_nothing_between_calls():
     config, model = SHAPES["plain"], ours("plain", torch.float64)
     first, second = (make_batch([row], torch.float64) for row in rows_of(config)[2:4])
     before = model(**first)
-    model(**second, cache=KVCache(model.config, rows=1, max_length=64, dtype=torch.float64))
+    model(**second, cache=KVCache(model.config, batch_size=1, max_length=64, dtype=torch.float64))
     model(torch.tensor([[7, 8, 9]]))
     assert gap(model(**first), before) == 0
 
@@ -495,10 +501,82 @@ def test_only_the_last_logits_on_request():
 
 def test_a_full_cache_is_an_error():
     model = ours("plain")
-    cache = KVCache(model.config, rows=1, max_length=4)
+    cache = KVCache(model.config, batch_size=1, max_length=4)
     model(torch.tensor([[5, 6, 7]]), cache=cache)
     with pytest.raises(ValueError, match="holds 4 tokens, 5 are needed"):
         model(torch.tensor([[8, 9]]), cache=cache)
+
+
+# ------------------------------------------------------------ hidden states, embeddings, loss, initialization
+
+
+def test_hidden_states_equal_the_reference_base_model():
+    config, model, theirs = SHAPES["plain"], ours("plain"), reference("plain")
+    batch = make_batch(rows_of(config))
+    theirs.model.rope_deltas = None
+    types = helpers.token_types(config, batch["input_ids"])
+    expected = theirs.model(**batch, mm_token_type_ids=types, use_cache=False).last_hidden_state
+    real = real_tokens(batch)
+    found = model.hidden_states(**batch)
+    assert found.shape == (*batch["input_ids"].shape, config["hidden_size"])
+    assert gap(found[real], expected[real]) <= FLOAT32
+    assert gap(model.lm_head(found), model(**batch)) == 0
+
+
+def test_inputs_embeds_equal_the_ids_they_embed():
+    model = ours("plain", torch.float64)
+    text = torch.tensor([[20, 21, 22, 23]])
+    embeds = model.model.embed_tokens(text)
+    assert gap(model(inputs_embeds=embeds), model(text)) == 0
+    assert gap(model(inputs_embeds=embeds * 0), model(text)) > 1e-3
+
+    batch = make_batch(rows_of(SHAPES["plain"]), torch.float64)
+    embeds = model.model.embed_tokens(batch["input_ids"])
+    assert gap(model(**batch, inputs_embeds=embeds), model(**batch)) == 0
+
+
+def test_inputs_embeds_without_ids_refuse_images():
+    model, batch = ours("plain"), make_batch(rows_of(SHAPES["plain"])[1:2])
+    embeds = model.model.embed_tokens(batch.pop("input_ids"))
+    with pytest.raises(ValueError, match="need input_ids"):
+        model(**batch, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="got neither"):
+        model()
+
+
+def test_labels_give_the_loss_of_the_reference():
+    config, model, theirs = SHAPES["plain"], ours("plain"), reference("plain")
+    batch = make_batch(rows_of(config))
+    # The first token of a padded sequence would be predicted from padding, which means nothing in either.
+    predicted = real_tokens(batch) & real_tokens(batch).roll(1, dims=1)
+    labels = batch["input_ids"].masked_fill(~predicted, -100)
+    theirs.model.rope_deltas = None
+    types = helpers.token_types(config, batch["input_ids"])
+    expected = theirs(**batch, mm_token_type_ids=types, labels=labels, use_cache=False).loss
+    loss, logits = model(**batch, labels=labels)
+    assert gap(loss, expected) <= FLOAT32
+    assert gap(logits, model(**batch)) == 0
+
+
+def test_new_model_starts_with_the_published_initialization():
+    config = our_config(SHAPES["plain"])
+    config.initializer_range = 0.1
+    torch.manual_seed(0)
+    model = Qwen2VL(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif parameter.ndim == 1:  # of a norm
+            assert (parameter == 1).all(), name
+        else:
+            assert 0.08 < parameter.std() < 0.12, name
+            assert abs(parameter.mean()) < 0.02, name
+
+
+def test_attn_implementation_plain_is_still_accepted():
+    with pytest.warns(UserWarning, match="eager"):
+        model = Qwen2VL(our_config(SHAPES["plain"]), attn_implementation="plain")
+    assert model.attn_implementation == "eager"
 
 
 # ------------------------------------------------------------------------------- what a run must not do
@@ -520,7 +598,7 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 @pytest.mark.parametrize("grids", [[[1, 12, 12]] * 24, [[1, 12, 14], [1, 14, 12], [1, 10, 16]] * 8])
 def test_many_pictures_never_make_a_matrix_of_all_by_all(attention, grids, flash):
     """Patches of 24 pictures, of one size and of several: nothing as large as patches x patches is ever made."""
@@ -543,8 +621,9 @@ def test_one_query_asks_for_the_heads_that_share_a_key_at_once(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     q, k, v = torch.randn(3, 6, 1, 8), torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]]).bool()[:, None, None]
-    found = attend(q, k, v, AttentionPlan("sdpa", mask=mask))
-    assert (found - attend(q, k, v, AttentionPlan("plain", mask=mask))).abs().max() < 1e-6
+    context = AttentionContext(mask=mask)
+    found = sdpa_attention(q, k, v, context)
+    assert (found - eager_attention(q, k, v, context)).abs().max() < 1e-6
     assert seen == [([3, 2, 3, 8], False)]
 
 
@@ -564,7 +643,7 @@ def test_pictures_go_through_fused_attention_without_a_mask(monkeypatch):
     assert all(mask is None for _, mask in seen)
 
 
-@pytest.mark.parametrize("attention", WAYS)
+@pytest.mark.parametrize("attention", IMPLEMENTATIONS)
 def test_a_float64_run_never_rounds_to_float32(attention, flash):
     """It is the truth that other dtypes are judged by."""
     model, batch = (
@@ -596,7 +675,7 @@ def test_what_does_not_fit_is_refused():
         model.visual(batch["pixel_values"], torch.tensor([[1, 4, 6]]))
     with pytest.raises(ValueError, match="attention_mask"):
         model(batch["input_ids"], attention_mask=torch.ones(1, 3))
-    with pytest.raises(ValueError, match="attention"):
+    with pytest.raises(ValueError, match="attn_implementation is 'fast'"):
         our_model(config, weights_of("plain"), attention="fast")
 
 
@@ -621,7 +700,7 @@ def test_a_config_that_makes_no_sense_is_refused(change, names):
 def test_a_row_without_new_tokens_stays_where_it_is():
     """In a batch of chats one may have ended: its part of a later turn is all padding."""
     config, model = SHAPES["plain"], ours("plain", torch.float64)
-    cache = KVCache(model.config, rows=2, max_length=32, dtype=torch.float64)
+    cache = KVCache(model.config, batch_size=2, max_length=32, dtype=torch.float64)
     model(torch.tensor([[5, 6, 7], [8, 9, 10]]), cache=cache)
     turn = make_batch(
         [

@@ -159,7 +159,7 @@ def test_the_memory_of_the_published_checkpoints_is_that_of_their_shapes(size):
         for quantize in (None, "int8", "int4")
     ]
     with torch.device("meta"):
-        cache = KVCache(PUBLISHED[size], rows=1, max_length=1000, dtype=torch.bfloat16)
+        cache = KVCache(PUBLISHED[size], batch_size=1, max_length=1000, dtype=torch.bfloat16)
     room = cache.keys.nbytes + cache.values.nbytes
     sizes = " | ".join(f"{size:.1f} GB" for size in held)
     row = f"-{size}-Instruct` | {held[0] / 2:.1f} billion | {sizes} | {room / 1e6:.0f} MB |"

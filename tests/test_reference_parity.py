@@ -260,7 +260,7 @@ FAULTS = {
     "image grids": in_function(preprocess, "smart_resize", smaller_image),
     "pixels": in_function(parity.Processor, "__call__", pixels_off_by_one_bit),
     "patch embedding": in_parameter("visual.patch_embed.proj.weight", (3, 0, 0, 5, 5), 0.01),
-    "vision block 0": in_function(qwen2vl, "inverse_frequencies", wrong_vision_rope),
+    "vision block 0": in_function(qwen2vl, "compute_inv_freq", wrong_vision_rope),
     "vision block 1": in_parameter("visual.blocks.1.attn.qkv.bias", EVERYWHERE, 0.01),
     "merger": in_model(wrong_gelu),
     "positions": in_function(parity, "get_rope_index", shifted_positions),

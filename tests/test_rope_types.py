@@ -360,8 +360,8 @@ def test_load_config_reads_what_reference_saves_without_warning(name, tmp_path):
             {"type": "proportional"},
             "expected a rope type of default, mrope, linear, .*, got 'proportional'",
         ),
-        ("yarn", {"type": ["yarn"]}, r"expected a rope type of .*, got \['yarn'\]"),
-        ("yarn", {"type": None}, "expected a rope type of .*, got None"),
+        ("yarn", {"type": ["yarn"]}, r"expected a string, got \['yarn'\]"),
+        ("yarn", {"type": None}, "expected a string, got None"),
     ],
 )
 def test_config_with_invalid_rope_field_is_refused(name, changes, message):
