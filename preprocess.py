@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+import video
 from conversations import SOURCE_KEYS, item_source, read_conversation
-from media import load_image, source_name, to_rgb
+from media import load_image, open_media, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer, content_kind, read_json
+from video_decode import UnreliableIndex
 
 Grid = tuple[int, int, int]  # (gt, gh, gw)
 
@@ -212,27 +214,110 @@ def smart_resize(
 
 
 class Clip(NamedTuple):
-    """The frames of a film that the model will see."""
+    """The frames of a video that the model attends to."""
 
     frames: np.ndarray  # uint8 [F, H, W, 3], resized: both sides are multiples of the token's
-    timestamps: list[float]  # of each frame, in seconds from the start of the film
-    size: tuple[int, int]  # width and height in pixels before resizing
+    timestamps: list[float]  # of each frame, in seconds from the start of the video
+    size: tuple[int, int]  # width and height in pixels before resizing, as the video is shown
 
 
+SIZE_OPTIONS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
 VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-VIDEO_OPTIONS += ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
+VIDEO_OPTIONS += SIZE_OPTIONS
 
 
 def load_video(source: object, config: ImageConfig | None = None, **options: float) -> Clip:
-    """Sample and resize a film (anything `open_media` takes), a folder or list of pictures, or uint8 [F, H, W, 3].
+    """Sample and resize a video.
 
-    By default 2 frames a second, at least 4, at most 768, an even number, in up to 768 tokens' pixels each;
-    options: those of VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14. `extras/video.py` has the rules and does the work.
-    Raises FileNotFoundError or ValueError with one sentence naming the source.
+    source: a video file (anything `open_media` takes), a directory or list of images (anything
+    `load_image` takes), or an array or tensor [F, H, W, 3] or [F, 3, H, W]. By default 2 frames per
+    second, at least 4, at most 768, an even number, each with up to 768 tokens; options: those of
+    VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14 (`video.py` has the rules). A damaged video gives the
+    frames that can be decoded, with a warning.
+
+    Raises FileNotFoundError, ValueError or TimeoutError with one sentence naming the source.
     """
-    from extras import video  # PyAV takes a while to import, and pictures do not need it
+    config = config or ImageConfig()
+    video.check_options(options)
+    choice = {name: value for name, value in options.items() if name not in SIZE_OPTIONS}
+    sizes = {name: value for name, value in options.items() if name in SIZE_OPTIONS}
+    choice["factor"] = config.temporal_patch_size
+    name = source_name(source)
+    frames = video.given_frames(source)
+    if frames is not None:
+        return resize_video(video.sample_list(frames, name, **choice), name, config, sizes)
+    media = open_media(source)
+    try:
+        return resize_video(video.sample_file(media, name, **choice), name, config, sizes)
+    except UnreliableIndex as reason:
+        warnings.warn(
+            f"{name}: {reason}, so all of it is decoded, twice, to count its frames", stacklevel=2
+        )
+    sampled = video.sample_file(media, name, decode_all=True, **choice)
+    return resize_video(sampled, name, config, sizes)
 
-    return video.load(source, config or ImageConfig(), **options)
+
+def resize_video(
+    sampled: video.SampledVideo, name: str, config: ImageConfig, sizes: dict[str, float]
+) -> Clip:
+    """Resize each frame as it comes. sizes: those of SIZE_OPTIONS that are given."""
+    does_resize = config.do_resize or sizes.get("resized_height") is not None
+    size = None
+    for index, (image, display_size) in enumerate(sampled.frames):
+        if size is None:
+            size = display_size
+            width, height = size
+            if does_resize:
+                height, width = frame_size(height, width, len(sampled.timestamps), config, **sizes)
+            frames = np.empty((len(sampled.timestamps), height, width, 3), dtype=np.uint8)
+        if does_resize:
+            frames[index] = to_rgb(image).resize((width, height), resample=config.resample)
+            continue
+        if display_size != size:
+            raise ValueError(f"do_resize is off, but the frames of {name} change their size")
+        if image.size != size:  # pixels that are not square
+            image = image.resize(size, resample=config.resample)
+        frames[index] = resize(image, config)  # checks that the sides are multiples of the factor
+    return Clip(frames, sampled.timestamps, size)
+
+
+def frame_size(
+    height: int,
+    width: int,
+    count: int,
+    config: ImageConfig,
+    min_pixels: float | None = None,
+    max_pixels: float | None = None,
+    total_pixels: float | None = None,
+    resized_height: float | None = None,
+    resized_width: float | None = None,
+) -> tuple[int, int]:
+    """Return the size (height, width) to which each of `count` frames of a video is resized.
+
+    Its pixels are within `video.pixel_bounds`, unless `resized_height` and `resized_width` are
+    given: these are rounded to multiples of config.factor. Source: qwen-vl-utils 0.0.14, `fetch_video`.
+    """
+    token_pixels = config.factor**2
+    if (resized_height is None) != (resized_width is None):
+        raise ValueError("resized_height and resized_width belong together: give both or neither")
+    if resized_height is not None:
+        low = video.MIN_SIZE_TOKENS * token_pixels
+        high = video.MAX_SIZE_TOKENS * token_pixels
+        return fit(resized_height, resized_width, config.factor, low, high)
+    low, high = video.pixel_bounds(
+        count, token_pixels, config.temporal_patch_size, min_pixels, max_pixels, total_pixels
+    )
+    return fit(height, width, config.factor, low, high)
+
+
+def fit(height: float, width: float, factor: int, low: float, high: float) -> tuple[int, int]:
+    """Return the size that `smart_resize` of qwen-vl-utils gives: a thin side becomes one factor."""
+    fitted = smart_resize(height, width, factor, low, high)
+    rounded_height = max(factor, round(height / factor) * factor)
+    rounded_width = max(factor, round(width / factor) * factor)
+    if low <= rounded_height * rounded_width <= high:
+        return rounded_height, rounded_width
+    return fitted
 
 
 def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
