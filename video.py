@@ -172,24 +172,29 @@ def frames_between(
     return first, last
 
 
-def frame_rate(count: int, duration: float, declared: float | None) -> tuple[float, bool]:
+def frame_rate(
+    times: Sequence[float], last_duration: float, declared: float | None
+) -> tuple[float, bool]:
     """Return a video's frames per second, and whether the timestamps contradict the declared rate.
 
-    duration: from the first frame to the end of the last one by the timestamps, in seconds; 0 if
-    these are unknown. The declared rate holds, as in qwen-vl-utils, as long as it agrees with
-    `count` frames in that duration, up to RATE_TOLERANCE and one frame. Recorders in browsers
-    declare 1000 frames per second, screen recorders the rate of the screen, and some files 90000 or
-    nothing: there the timestamps count.
+    times: of all frames, in seconds from the first one; last_duration: of the last one, 0 if that is
+    unknown. The declared rate holds, as in qwen-vl-utils, as long as it agrees with the number of
+    frames in that time up to RATE_TOLERANCE and one frame. Recorders in browsers declare 1000 frames
+    per second, screen recorders the rate of the screen, and some files 90000 or nothing: there the
+    timestamps count.
     """
-    if duration <= 0 or count < 2:
+    count = len(times)
+    if count < 2:
         return declared or DEFAULT_FPS, False
+    measured = (count - 1) / times[-1]
     if declared is None:
-        return count / duration, False
+        return measured, False
+    declared_count = declared * (times[-1] + (last_duration or 1 / measured))
     low = count * (1 - RATE_TOLERANCE) - 1
     high = count * (1 + RATE_TOLERANCE) + 1
-    if low <= declared * duration <= high:
+    if low <= declared_count <= high:
         return declared, False
-    return count / duration, True
+    return measured, True
 
 
 def pixel_bounds(
@@ -272,15 +277,11 @@ def frame_times(index: VideoIndex, name: str) -> tuple[list[float], float]:
 
     Warns where the header contradicts the timestamps.
     """
-    count = len(index.pts)
     if not index.is_ordered:
-        rate, _ = frame_rate(count, 0.0, index.declared_rate)
-        return [number / rate for number in range(count)], rate
+        rate = index.declared_rate or DEFAULT_FPS
+        return [number / rate for number in range(len(index.pts))], rate
     times = [float((pts - index.pts[0]) * index.tick) for pts in index.pts]
-    duration = 0.0
-    if count > 1:
-        duration = times[-1] + (index.last_duration or times[-1] / (count - 1))
-    rate, is_contradicted = frame_rate(count, duration, index.declared_rate)
+    rate, is_contradicted = frame_rate(times, index.last_duration, index.declared_rate)
     if is_contradicted and not index.damage:  # with frames missing, the header may be right
         declared = f"declares {index.declared_rate:g} frames per second"
         warnings.warn(

@@ -6,6 +6,15 @@ from pathlib import Path
 import av
 import numpy as np
 
+# What FFmpeg's encoders of subtitles ask for.
+ASS_HEADER = b"""[V4+ Styles]
+Format: Name, Fontname, Fontsize
+Style: Default,Arial,16
+
+[Events]
+Format: Layer, Start, End, Text
+"""
+
 
 def draw(index: int, width: int, height: int) -> np.ndarray:
     """Frame `index` of a film, uint8 [height, width, 3]: each differs from its neighbours.
@@ -48,3 +57,91 @@ def encode(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def encode_with(
+    path: Path, frames: list[np.ndarray], codec: str, kinds: list[str], **tags: str
+) -> Path:
+    """Write a file with several streams, in the given order, and return its path.
+
+    kinds: "video" (the frames, 10 per second), "audio", "subtitle", "data", "cover" (an image of
+    16×16) and "thumbnail" (a video of 16×16). tags: metadata of the container.
+    """
+    duration = Fraction(len(frames), 10)
+    with av.open(str(path), "w") as container:
+        container.metadata.update(tags)
+        streams = [add_stream(container, kind, path.suffix, codec, frames) for kind in kinds]
+        packets = []
+        for kind, stream in zip(kinds, streams, strict=True):
+            container.start_encoding()
+            packets += packets_of(kind, stream, frames, duration)
+        for packet in sorted(packets, key=lambda packet: packet.dts * packet.time_base):
+            container.mux(packet)
+    return path
+
+
+def add_stream(container, kind: str, suffix: str, codec: str, frames: list[np.ndarray]):
+    """Add one stream of `encode_with` to a container."""
+    if kind == "audio":
+        codecs = {".webm": "libopus", ".avi": "pcm_s16le", ".ts": "mp2", ".mkv": "flac"}
+        return container.add_stream(codecs.get(suffix, "aac"), rate=48000, layout="stereo")
+    if kind == "subtitle":
+        codecs = {".mkv": "subrip", ".webm": "webvtt"}
+        stream = container.add_stream(codecs.get(suffix, "mov_text"))
+        stream.codec_context.subtitle_header = ASS_HEADER
+        return stream
+    if kind == "data":
+        return container.add_data_stream("bin_data")
+    if kind == "cover":
+        codec = "mjpeg"
+    stream = container.add_stream(codec, rate=10)
+    stream.codec_context.thread_count = 1
+    stream.height, stream.width = frames[0].shape[:2] if kind == "video" else (16, 16)
+    stream.pix_fmt = "yuvj420p" if kind == "cover" else "yuv420p"
+    if kind == "cover":
+        stream.disposition = av.stream.Disposition.attached_pic
+    elif kind == "thumbnail":
+        stream.disposition = av.stream.Disposition(0)
+    return stream
+
+
+def packets_of(kind: str, stream, frames: list[np.ndarray], duration: Fraction) -> list[av.Packet]:
+    """Return the packets of one stream of `encode_with`."""
+    if kind in ("subtitle", "data"):
+        text = b"Hello"
+        is_mov_text = kind == "subtitle" and stream.codec_context.name == "mov_text"
+        packet = av.Packet(len(text).to_bytes(2, "big") + text if is_mov_text else text)
+        packet.stream = stream
+        packet.time_base = Fraction(1, 1000)
+        packet.pts = packet.dts = 0
+        packet.duration = 500
+        return [packet]
+    if kind == "audio":
+        return [*silence(stream, int(duration * 48000)), *stream.encode(None)]
+    if kind != "video":
+        frames = [np.full((16, 16, 3), 255, dtype=np.uint8)] * (1 if kind == "cover" else 4)
+    packets = []
+    for number, pixels in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        frame.pts = number
+        frame.time_base = Fraction(1, 10)
+        packets += stream.encode(frame)
+    return packets + stream.encode(None)
+
+
+def silence(stream, samples: int) -> list[av.Packet]:
+    """Return packets of silence."""
+    context = stream.codec_context
+    planar = context.format.name.endswith("p")
+    size = context.frame_size or 1024
+    packets = []
+    for start in range(0, samples, size):
+        shape = (2, size) if planar else (1, 2 * size)
+        dtype = np.float32 if context.format.name.startswith("flt") else np.int16
+        values = np.zeros(shape, dtype=dtype)
+        frame = av.AudioFrame.from_ndarray(values, format=context.format.name, layout="stereo")
+        frame.sample_rate = 48000
+        frame.pts = start
+        frame.time_base = Fraction(1, 48000)
+        packets += stream.encode(frame)
+    return packets
