@@ -434,7 +434,8 @@ def is_hidden(codec: str, packet: memoryview) -> bool:
     if codec == "vp8":
         return not head >> 4 & 1  # show_frame
     if codec == "vp9" and packet[-1] >> 5 != 0b110:  # else several frames, the last of them shown
-        head >>= 0 if head >> 4 & 0b11 == 0b11 else 1  # profile 3 has one more bit before these
+        if head >> 4 & 0b11 != 0b11:  # profile 3 has one more bit before these
+            head >>= 1
         return not head >> 2 & 1 and not head & 1  # show_existing_frame, show_frame
     return False
 
@@ -520,7 +521,7 @@ def numbered_frames(video: OpenVideo, wanted: list[int], step: Callable[[], None
             yield frame
             target = next(remaining, None)
     if target is not None:
-        raise VideoError(f"frame {target} was decoded the first time, but not the second time")
+        raise ValueError(f"frame {target} was decoded the first time, but not the second time")
 
 
 def to_image(frame) -> Image.Image:

@@ -769,6 +769,7 @@ def with_hole(path, number):
     return data
 
 
+@pytest.mark.filterwarnings("ignore:.*so all of it is decoded")
 def test_a_video_with_a_hole_gives_the_frames_that_decode(films):
     """All frames before the hole and after the next key frame are there, each with its own time."""
     path = films["24 fps, B-frames"]
