@@ -533,17 +533,21 @@ class Processor:
         check_equal("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size)
 
     def __call__(
-        self, conversations: list, add_generation_prompt: bool = True, add_vision_id: bool = False
+        self,
+        conversations: list,
+        add_generation_prompt: bool = True,
+        add_vision_id: bool = False,
+        guard_special_tokens: bool = True,
     ) -> Batch:
         """Return the Batch of one conversation or of a list of conversations, a sequence each.
 
         A conversation is a list of messages, or an object that `read_conversation` takes. Each
         image and video in it is read by `prepare`, or was already (its source is then the Media).
-        What a message contains is text, also where it spells a special token
-        (`Tokenizer.encode_chat`).
+        guard_special_tokens: the special tokens of the chat format are ordinary text in user and
+        tool messages (`Tokenizer.encode_chat`).
 
-        Raises ValueError or FileNotFoundError for a malformed message and for media that cannot be
-        read.
+        Raises ValueError or FileNotFoundError for a malformed message, for media that cannot be
+        read, and where the prompt does not hold one placeholder for each image and video.
         """
         if not isinstance(conversations, list | tuple) or not conversations:
             raise ValueError(
@@ -566,7 +570,10 @@ class Processor:
                     own_images.append(prepared)
                 else:
                     own_videos.append(prepared)
-            ids = self.tokenizer.encode_chat(messages, add_generation_prompt, add_vision_id)
+            ids = self.tokenizer.encode_chat(
+                messages, add_generation_prompt, add_vision_id, guard_special_tokens
+            )
+            self.tokenizer.check_placeholders(ids, len(own_images), len(own_videos))
             ids = self._expand(ids, IMAGE_PAD, own_images)
             ids = self._expand(ids, VIDEO_PAD, own_videos)
             sequences.append(ids)

@@ -1,15 +1,18 @@
-"""Build the published Qwen2 tokenizer from its ranks, without network.
+"""Build the published Qwen2 tokenizer from its ranks, without network, in each layout of its files.
 
-The package `dashscope` (a test requirement) carries `qwen.tiktoken`: one line per token, its bytes in base64 and
-its rank, which is its id. A rank vocabulary needs no list of merges: of all neighbours, tiktoken joins the pair
-whose union has the lowest rank. The `tokenizers` library wants the merges spelled out, and they follow from the
-ranks: cut an entry with the entries below its own rank, and the two pieces left over are the pair that makes it.
+The package `dashscope` (a test requirement) contains `qwen.tiktoken`: one line per token, its bytes
+in base64 and its rank, which is its id. A rank vocabulary needs no list of merges: of all adjacent
+pairs, tiktoken joins the one whose union has the lowest rank. The `tokenizers` library requires the
+merges, and they follow from the ranks: split an entry with the entries below its own rank, and the
+two remaining pieces are the pair that makes it.
 """
 
 import base64
 import importlib.util
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizer import BYTE_OF
 
 # In the order of their ids, which follow the 151,643 ranks.
-CONTROL_TOKENS = [
+SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
@@ -42,17 +45,17 @@ WORD_PATTERN = (
 
 
 def rank_file() -> Path:
-    """Where `dashscope` keeps the ranks. The package is not imported: that would take seconds."""
+    """Return the path of the ranks in `dashscope`, without importing it, which takes seconds."""
     spec = importlib.util.find_spec("dashscope")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            "the package dashscope, which carries the Qwen2 ranks, is not installed"
+            "the package dashscope, which contains the Qwen2 ranks, is not installed"
         )
     return Path(spec.origin).parent / "resources" / "qwen.tiktoken"
 
 
 def read_ranks() -> dict[bytes, int]:
-    """The 151,643 tokens: bytes → rank."""
+    """Return the 151,643 tokens: bytes → rank."""
     lines = rank_file().read_bytes().split(b"\n")
     return {
         base64.b64decode(token): int(rank)
@@ -61,7 +64,7 @@ def read_ranks() -> dict[bytes, int]:
 
 
 def pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """Merge the bytes of `token` as far as the entries below its own rank go."""
+    """Return the bytes of `token` merged by the entries below its own rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     limit = ranks[token]
     while True:
@@ -74,7 +77,10 @@ def pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def build_tokenizer(folder: str | Path) -> Path:
-    """Write `tokenizer.json` and `tokenizer_config.json` as the published checkpoints hold them. A few seconds."""
+    """Write `tokenizer.json` and `tokenizer_config.json` as in the published checkpoints.
+
+    Takes a few seconds.
+    """
     ranks = read_ranks()
     letter = {byte: character for character, byte in BYTE_OF.items()}
     spelled = {token: "".join(letter[byte] for byte in token) for token in ranks}
@@ -83,10 +89,32 @@ def build_tokenizer(folder: str | Path) -> Path:
         if len(token) > 1:
             left, right = pieces(token, ranks)
             merges.append([spelled[left], spelled[right]])
+    return _write_tokenizer(folder, {spelled[token]: ranks[token] for token in ranks}, merges)
 
-    control = [
+
+# The 256 bytes and one word: a vocabulary that loads in no time.
+SMALL_MERGES = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"]]
+
+
+def _small_vocabulary() -> dict[str, int]:
+    vocab = {character: byte for character, byte in BYTE_OF.items()}
+    for left, right in SMALL_MERGES:
+        vocab[left + right] = len(vocab)
+    return vocab
+
+
+SMALL_VOCABULARY = _small_vocabulary()
+
+
+def build_small_tokenizer(folder: str | Path) -> Path:
+    """Write the two files of `build_tokenizer` with SMALL_VOCABULARY in place of the real one."""
+    return _write_tokenizer(folder, SMALL_VOCABULARY, SMALL_MERGES)
+
+
+def _write_tokenizer(folder: str | Path, vocab: dict[str, int], merges: list[list[str]]) -> Path:
+    special_tokens = [
         {
-            "id": len(ranks) + n,
+            "id": len(vocab) + n,
             "content": name,
             "single_word": False,
             "lstrip": False,
@@ -94,7 +122,7 @@ def build_tokenizer(folder: str | Path) -> Path:
             "normalized": False,
             "special": True,
         }
-        for n, name in enumerate(CONTROL_TOKENS)
+        for n, name in enumerate(SPECIAL_TOKENS)
     ]
     byte_level = {
         "type": "ByteLevel",
@@ -112,7 +140,7 @@ def build_tokenizer(folder: str | Path) -> Path:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": control,
+        "added_tokens": special_tokens,
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
         "post_processor": byte_level,
@@ -126,7 +154,7 @@ def build_tokenizer(folder: str | Path) -> Path:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {spelled[token]: rank for token, rank in ranks.items()},
+            "vocab": vocab,
             "merges": merges,
         },
     }
@@ -134,9 +162,10 @@ def build_tokenizer(folder: str | Path) -> Path:
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
         "added_tokens_decoder": {
-            str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in control
+            str(token["id"]): {k: v for k, v in token.items() if k != "id"}
+            for token in special_tokens
         },
-        "additional_special_tokens": CONTROL_TOKENS[1:],
+        "additional_special_tokens": SPECIAL_TOKENS[1:],
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
@@ -153,6 +182,101 @@ def build_tokenizer(folder: str | Path) -> Path:
         json.dumps(description, ensure_ascii=False), encoding="utf-8"
     )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return folder
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit_json(path: Path, edit: Callable[[dict], object]) -> None:
+    """Apply `edit` to the content of a JSON file in place."""
+    content = _read_json(path)
+    edit(content)
+    _write_json(path, content)
+
+
+def _lack_special_tokens(folder: Path, names: list[str]) -> None:
+    """Leave out the added tokens with these names from `tokenizer.json` alone."""
+
+    def leave_out(description: dict) -> None:
+        added = description["added_tokens"]
+        description["added_tokens"] = [token for token in added if token["content"] not in names]
+
+    edit_json(folder / "tokenizer.json", leave_out)
+
+
+def _split_vocabulary(folder: Path) -> None:
+    """Write `vocab.json` and `merges.txt`, as all older transformers versions save them."""
+    model = _read_json(folder / "tokenizer.json")["model"]
+    _write_json(folder / "vocab.json", model["vocab"])
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_token_maps(folder: Path) -> None:
+    """Write `added_tokens.json` and `special_tokens_map.json`, as older versions save them."""
+    config = _read_json(folder / "tokenizer_config.json")
+    added = config["added_tokens_decoder"]
+    ids = {token["content"]: int(id) for id, token in added.items()}
+    _write_json(folder / "added_tokens.json", ids)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    token_map = {
+        "additional_special_tokens": config["additional_special_tokens"],
+        "eos_token": {"content": config["eos_token"], **flags},
+        "pad_token": {"content": config["pad_token"], **flags},
+    }
+    _write_json(folder / "special_tokens_map.json", token_map)
+
+
+def _name_extra_tokens(config: dict) -> None:
+    """Turn a `tokenizer_config.json` into what transformers 5 saves."""
+    del config["added_tokens_decoder"]
+    config["extra_special_tokens"] = config.pop("additional_special_tokens")
+    config |= {"backend": "tokenizers", "is_local": True, "local_files_only": False}
+
+
+def _drop_tokens(config: dict) -> None:
+    """Leave out from a `tokenizer_config.json` what the older files hold."""
+    for field in ("added_tokens_decoder", "additional_special_tokens", "eos_token", "pad_token"):
+        del config[field]
+
+
+LAYOUTS = (
+    "published",  # all in both files
+    "incomplete",  # tokenizer.json lacks the vision tokens
+    "incomplete in the middle",  # tokenizer.json lacks the box tokens, with the ids after them
+    "without added tokens",  # tokenizer.json lacks all of them
+    "4.45",  # all of them, in the files of all kinds
+    "5.x",  # no added_tokens_decoder
+    "vocab.json",  # no tokenizer.json
+    "added_tokens.json",  # no tokenizer.json and no added_tokens_decoder
+)
+
+
+def write_layout(source: Path, folder: Path, layout: str) -> Path:
+    """Write the files of `build_tokenizer` in `source` to `folder` in one of LAYOUTS."""
+    shutil.copytree(source, folder)
+    if layout == "incomplete":
+        _lack_special_tokens(folder, SPECIAL_TOKENS[9:])
+    if layout == "incomplete in the middle":
+        _lack_special_tokens(folder, SPECIAL_TOKENS[3:9])
+    if layout == "without added tokens":
+        _lack_special_tokens(folder, SPECIAL_TOKENS)
+    if layout in ("4.45", "vocab.json", "added_tokens.json"):
+        _split_vocabulary(folder)
+    if layout in ("4.45", "added_tokens.json"):
+        _write_token_maps(folder)
+    if layout == "5.x":
+        edit_json(folder / "tokenizer_config.json", _name_extra_tokens)
+    if layout in ("vocab.json", "added_tokens.json"):
+        (folder / "tokenizer.json").unlink()
+    if layout == "added_tokens.json":
+        edit_json(folder / "tokenizer_config.json", _drop_tokens)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Texts that tokenizers get wrong, shared by the tests and by the script that makes the golden ids."""
+"""Texts and ids that tokenizers get wrong, for the tests and for the script of the golden ids."""
 
 TEXTS = {
     "empty": "",
@@ -41,8 +41,9 @@ TEXTS = {
     "long run": "a" * 300 + " " * 130 + "!" * 70 + "好" * 40,
 }
 
-# Id sequences that are no encoding of any text. The first 256 ids are single bytes: 172 is 0xF0, 253 is 0x9F, 246 is
-# 0x98, 222 is 0x80, and 9284 is 0xF0 0x9F; F0 9F 98 80 is 😀. 74785 is "Describe", 419 is " this".
+# Id sequences that are no encoding of any text. The first 256 ids are single bytes: 172 is 0xF0,
+# 253 is 0x9F, 246 is 0x98, 222 is 0x80, and 9284 is 0xF0 0x9F; F0 9F 98 80 is 😀. 74785 is
+# "Describe", 419 is " this".
 IDS = {
     "a character in four tokens": [172, 253, 246, 222],
     "half a character": [9284],

@@ -21,11 +21,8 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def processor_for(folder: Path) -> Processor:
-    """The folder's processor, which takes control tokens in what is said as meant: boxes are answers in them."""
-    processor = Processor.from_pretrained(folder)
-    tokenizer = processor.tokenizer
-    tokenizer.encode_chat = lambda *chat: tokenizer.encode(tokenizer.apply_chat_template(*chat))
-    return processor
+    """Return the processor of a checkpoint directory."""
+    return Processor.from_pretrained(folder)
 
 
 def questions(skill: str, count: int, skip: int = 0) -> list[tuple[Lesson, Exchange]]:
