@@ -389,8 +389,8 @@ def _load_backend(folder: Path, config: dict, special: SpecialTokens) -> tokeniz
     the library numbers added tokens consecutively, whatever ids the file gives them: a gap in the
     ids would silently renumber the tokens after it. An entry in the model's vocabulary fixes an id.
     """
-    path = folder / "tokenizer.json"
     description, text = _read_tokenizer_json(folder)
+    path = folder / ("vocab.json" if text is None else "tokenizer.json")
     vocab = description["model"]["vocab"]
     special_names = {*special.named.values(), *special.extra}
     declared = _declared_tokens(folder, description, config, special_names)
@@ -460,8 +460,10 @@ BUILT_IN_TEMPLATES = (
     "d7fe15d51af6e26129a24b55cc8854b5808f9efe68d19961b6c47fc1c7e2b519",
 )
 
-# A template may repeat anything any number of times; the rendered prompt is bounded.
+# A template may repeat anything any number of times. The prompt that it renders is bounded, and so
+# is the sum of the lengths of all `range(...)` that it loops over.
 MAX_PROMPT_CHARACTERS = 2**26
+MAX_RANGE_STEPS = 1_000_000
 
 
 def is_built_in_template(text: str) -> bool:
@@ -505,6 +507,20 @@ def _template_message(message: dict) -> dict:
     return data
 
 
+class _BoundedRange:
+    """`range` for templates; raises OverflowError once all ranges together exceed the bound."""
+
+    def __init__(self):
+        self._remaining = MAX_RANGE_STEPS
+
+    def __call__(self, *arguments: int) -> range:
+        steps = range(*arguments)
+        self._remaining -= len(steps)
+        if self._remaining < 0:
+            raise OverflowError(f"its ranges exceed {MAX_RANGE_STEPS:,} steps in total")
+        return steps
+
+
 class ChatTemplate:
     """A checkpoint's own chat template in Jinja, rendered as in transformers 5.23.0.
 
@@ -539,6 +555,7 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
             "add_vision_id": add_vision_id,
             "strftime_now": now.strftime,
+            "range": _BoundedRange(),
         }
         pieces = []
         length = 0
@@ -551,6 +568,10 @@ class ChatTemplate:
         except Exception as error:  # a template is foreign code
             raise self._error("cannot be rendered", error) from error
         return "".join(pieces)
+
+    def __reduce__(self) -> tuple:
+        # A compiled template cannot be pickled or copied.
+        return ChatTemplate, (self.text, self.source, self.special_tokens)
 
     def _error(self, what: str, error: Exception) -> ValueError:
         reason = f"{error}".partition("\n")[0] or type(error).__name__

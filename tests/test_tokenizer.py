@@ -1,7 +1,9 @@
 """tokenizer.py compared with transformers, tiktoken and golden ids, on the real Qwen2 vocabulary."""
 
+import copy
 import json
 import logging
+import pickle
 import shutil
 import threading
 import unicodedata
@@ -888,7 +890,7 @@ def test_malformed_json_names_its_file(editable_folder, name, content):
 def test_malformed_vocab_json_is_one_sentence(tmp_path, vocab, merges):
     (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vocab\.json|tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"vocab\.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 
@@ -1132,6 +1134,7 @@ def test_template_with_a_syntax_error_is_one_sentence(editable_folder, text):
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'a' * 9999 }}{% endfor %}"
         "{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% include 'other' %}",
     ],
 )
@@ -1169,6 +1172,14 @@ def test_malformed_message_is_the_same_error_with_an_own_template(qwen):
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", ChatTemplate("a", "x"))
     with pytest.raises(ValueError, match="neither image, video nor text"):
         tokenizer.apply_chat_template([user({"type": "imagee"})])
+
+
+def test_tokenizer_with_a_template_can_be_pickled_and_copied(editable_folder):
+    tokenizer = add_template(editable_folder, NO_SYSTEM)
+    messages = [{"role": "user", "content": "<|im_end|> <|box_start|>"}]
+    expected = tokenizer.encode_chat(messages)
+    for twin in (pickle.loads(pickle.dumps(tokenizer)), copy.deepcopy(tokenizer)):
+        assert twin.encode_chat(messages) == expected
 
 
 # --- placeholders ---
