@@ -642,8 +642,6 @@ class Processor:
         video.
         """
         pad_id = self.tokenizer.token_id(pad)
-        if ids.count(pad_id) != len(media):
-            raise ValueError(f"expected {len(media)} {pad} in the prompt, got {ids.count(pad_id)}")
         remaining = iter(media)
         expanded = []
         for token in ids:

@@ -721,9 +721,12 @@ def test_placeholders_in_a_text_take_no_picture(processor):
 
 
 def test_more_placeholders_than_media_are_an_error(processor):
-    ids = [processor.tokenizer.token_id("<|image_pad|>")]
-    with pytest.raises(ValueError, match=r"expected 0 <\|image_pad\|> in the prompt, got 1"):
-        processor._expand(ids, "<|image_pad|>", [])
+    messages = [
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": "An image: <|vision_start|><|image_pad|><|vision_end|>"},
+    ]
+    with pytest.raises(ValueError, match=r"image_pad"):
+        processor(messages)
 
 
 def test_threads_share_a_processor(processor, tmp_path):
