@@ -1,1 +1,1 @@
-"""The bundled model: the world that it knows, and the script that trains it."""
+"""The bundled model: its training data, training, score and ablations."""

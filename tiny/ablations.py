@@ -1,195 +1,342 @@
-"""What the parts are worth: the trained model without one of them, after some time to get used to that.
+"""Measure what the parts are worth: train the model further without one of them, and score it.
 
-    python -m tiny.ablations none                 the model as it is, to compare with
-    python -m tiny.ablations one-dimensional      M-RoPE → positions that count the tokens
-    python -m tiny.ablations no-vision-rope       the vision transformer does not know where a patch is
-    python -m tiny.ablations one-size             every picture is resized to the same square
-    python -m tiny.ablations raster               patches in reading order, so a token is 1×4 patches, not 2×2
-    python -m tiny.ablations no-time              the temporal position of a clip's frames stays the same
-    python -m tiny.ablations table                the table of those that have run
+    python -m tiny.ablations none              the unchanged model, to compare with
+    python -m tiny.ablations one-dimensional   positions that count the tokens, in place of M-RoPE
+    python -m tiny.ablations no-vision-rope    a vision encoder without rotary embeddings
+    python -m tiny.ablations one-size          every image resized to the same square
+    python -m tiny.ablations raster            a token is 1×4 patches in reading order, not 2×2
+    python -m tiny.ablations no-time           one temporal position for all frames of a video
+    python -m tiny.ablations table             the table of the variants that have run
 
-Each starts from the bundled weights and takes the same lessons of the training's last stage for `--steps` steps, one
-process each, at a rate that falls to zero; then it is scored, without the part as well. What a variant still knows at
-the end it can do without that part. With `--anew` each starts from random weights instead and takes the training's
-first lessons: small pictures, all of one size, of shapes whose kinds, colours and places it learns. What a variant
-knows then it could learn without that part. Nothing here is part of the model: a variant replaces one function of the
-core files.
+Each variant starts from the bundled weights and trains on the same samples of the last stage of the
+curriculum for `--steps` steps, in one process, at a rate that falls to zero. Then it is scored,
+still without the part. What it answers at the end needs no such part.
+
+With `--from-scratch` each variant starts from random weights instead and trains on the first
+samples of the curriculum: small images of one size, with the kinds, colors and places of shapes.
+What it answers at the end could be learned without the part.
+
+A variant is a subclass of `Variant` that builds another model or edits the messages.
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
-import preprocess
-import qwen2vl
 from load_weights import load_model
-from tiny import scenes, score, train
+from qwen2vl import (
+    Config,
+    KVCache,
+    PatchMerger,
+    Qwen2VL,
+    VisionBlock,
+    VisionConfig,
+    VisionTransformer,
+    get_rope_index,
+)
+from tiny import train
+from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
 from tiny.folder import write_json
+from tiny.scenes import START, START_SIZE, QAPair, Sample, make_sample, to_conversation
+from tiny.score import CHECKPOINT, Exam, load_processor, score
 
-SIDE = 168  # pixels, of the one size: about the mean area of the world's pictures
-
-
-def one_dimensional() -> None:
-    def get_rope_index(
-        config, input_ids, image_grid_thw=None, video_grid_thw=None, attention_mask=None
-    ):
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        return ((mask.cumsum(1) - 1) * mask).repeat(3, 1, 1), torch.zeros_like(mask[:, :1])
-
-    qwen2vl.get_rope_index = get_rope_index
+SIDE = 168  # pixels of the variant one-size: about the mean area of the training images
 
 
-def no_vision_rope() -> None:
-    original = qwen2vl.vision_rotary
+class Variant:
+    """The unchanged model and data."""
 
-    def vision_rotary(*args, **more):
-        cos, sin = original(*args, **more)
-        return torch.ones_like(cos), torch.zeros_like(sin)
+    def build_model(self, config: Config, **options: str) -> Qwen2VL:
+        return Qwen2VL(config, **options)
 
-    qwen2vl.vision_rotary = vision_rotary
+    def to_messages(self, sample: Sample, qa_pairs: list[QAPair]) -> list[dict]:
+        return to_conversation(sample, qa_pairs)
 
 
-def one_size() -> None:
-    original = scenes.messages
+# ---------------------------------------------------------------------------------------- positions
 
-    def messages(lesson, exchanges):
-        talk = original(lesson, exchanges)
-        for item in talk[0]["content"]:
+
+class OneDimensionalModel(Qwen2VL):
+    """Every token has the number of its place in the sequence, on all three axes."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        sequences, length = input_ids.shape
+        if attention_mask is None:
+            cached = 0 if cache is None else cache.length
+            numbers = torch.arange(cached, cached + length, device=input_ids.device)
+        else:
+            numbers = ((attention_mask.cumsum(1) - 1) * attention_mask)[:, -length:]
+        position_ids = numbers.expand(3, sequences, length)
+        return super().forward(input_ids, attention_mask, position_ids, cache, **inputs)
+
+
+class OneDimensional(Variant):
+    def build_model(self, config: Config, **options: str) -> Qwen2VL:
+        return OneDimensionalModel(config, **options)
+
+
+class NoTimeModel(Qwen2VL):
+    """All tokens of a video have the temporal position of its first token."""
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        grids = (inputs.get("image_grid_thw"), inputs.get("video_grid_thw"))
+        if grids[1] is not None:
+            position_ids, _ = get_rope_index(self.config, input_ids, *grids, attention_mask)
+            freeze_time(position_ids, input_ids == self.config.video_token_id)
+            if cache is not None:  # the text after the video continues from the largest position
+                cache.next_position = position_ids.amax((0, 2))[:, None] + 1
+        return super().forward(input_ids, attention_mask, position_ids, cache, **inputs)
+
+
+def freeze_time(position_ids: Tensor, is_video: Tensor) -> None:
+    """Set the temporal positions [0] of each run of video tokens to its first; is_video bool [B,
+    S].
+    """
+    for sequence, marks in enumerate(is_video.tolist()):
+        for i in range(1, len(marks)):
+            if marks[i] and marks[i - 1]:
+                position_ids[0, sequence, i] = position_ids[0, sequence, i - 1]
+
+
+class NoTime(Variant):
+    def build_model(self, config: Config, **options: str) -> Qwen2VL:
+        return NoTimeModel(config, **options)
+
+
+# ----------------------------------------------------------------------------------- vision encoder
+
+
+def take_weights(
+    original: nn.Module, build: Callable[[VisionConfig], nn.Module], config: VisionConfig
+) -> nn.Module:
+    """Return a new module with the weights of the original.
+
+    It is built without random numbers, so that all variants start from the same weights.
+    """
+    with torch.device("meta"):
+        module = build(config)
+    module.load_state_dict(original.state_dict(), assign=True)
+    return module
+
+
+class UnrotatedBlock(VisionBlock):
+    """A block that gets all angles as zero."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, *more) -> Tensor:
+        return super().forward(x, torch.ones_like(cos), torch.zeros_like(sin), *more)
+
+
+class NoVisionRope(Variant):
+    def build_model(self, config: Config, **options: str) -> Qwen2VL:
+        model = Qwen2VL(config, **options)
+        for i, block in enumerate(model.visual.blocks):
+            model.visual.blocks[i] = take_weights(block, UnrotatedBlock, config.vision_config)
+        return model
+
+
+class RasterMerger(PatchMerger):
+    """Merge four patches that are next to each other in a row, in place of a 2×2 block."""
+
+    order: Tensor  # int64 [N]: what `raster_order` returns for the images of this forward pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[self.order])
+
+
+def raster_order(grids: list[list[int]], merge: int) -> Tensor:
+    """Return for each patch in reading order its index in the order of preprocessing: int64 [N]."""
+    orders = []
+    start = 0
+    for t, h, w in grids:
+        indices = start + torch.arange(t * h * w).view(t, h // merge, w // merge, merge, merge)
+        orders.append(indices.permute(0, 1, 3, 2, 4).flatten())  # slice, row, column
+        start += t * h * w
+    return torch.cat(orders)
+
+
+class RasterEncoder(VisionTransformer):
+    """Its blocks are unchanged: a patch is known by its angles, and attention ignores the order."""
+
+    def __init__(self, config: VisionConfig, **options: str):
+        super().__init__(config, **options)
+        self.merger = RasterMerger(config)
+
+    def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        self.merger.order = raster_order(grid_thw.tolist(), self.config.spatial_merge_size)
+        return super().forward(pixel_values, grid_thw)
+
+
+class Raster(Variant):
+    def build_model(self, config: Config, **options: str) -> Qwen2VL:
+        model = Qwen2VL(config, **options)
+        build = partial(RasterEncoder, **options)
+        model.visual = take_weights(model.visual, build, config.vision_config)
+        return model
+
+
+# ------------------------------------------------------------------------------------------- images
+
+
+class OneSize(Variant):
+    """Images and frames are resized to SIDE×SIDE pixels."""
+
+    def to_messages(self, sample: Sample, qa_pairs: list[QAPair]) -> list[dict]:
+        messages = to_conversation(sample, qa_pairs)
+        for item in messages[0]["content"]:
             if item["type"] == "image":
-                item |= {"resized_height": SIDE, "resized_width": SIDE}
+                item["resized_height"] = SIDE
+                item["resized_width"] = SIDE
             if item["type"] == "video":
                 item["video"] = [frame.resize((SIDE, SIDE)) for frame in item["video"]]
-        return talk
-
-    train.messages = score.messages = messages
+        return messages
 
 
-def raster() -> None:
-    """The patches, and the positions that the vision transformer knows them by, both row by row."""
-
-    def patchify(frames, config):
-        tp, p = config.temporal_patch_size, config.patch_size
-        frames = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % tp, axis=0)])
-        gt, gh, gw = frames.shape[0] // tp, frames.shape[1] // p, frames.shape[2] // p
-        patches = frames.reshape(gt, tp, gh, p, gw, p, 3).transpose(0, 2, 4, 6, 1, 3, 5)
-        return patches.reshape(gt * gh * gw, -1), (gt, gh, gw)
-
-    original = qwen2vl.vision_rotary
-    preprocess.patchify = patchify
-    qwen2vl.vision_rotary = lambda grid_thw, head_dim, merge, like: original(
-        grid_thw, head_dim, 1, like
-    )
+VARIANTS = {
+    "none": Variant(),
+    "one-dimensional": OneDimensional(),
+    "no-vision-rope": NoVisionRope(),
+    "one-size": OneSize(),
+    "raster": Raster(),
+    "no-time": NoTime(),
+}
+UNCHANGED_FROM_SCRATCH = ("one-size", "no-time")  # the first samples have one size and no videos
 
 
-def no_time() -> None:
-    original = qwen2vl.row_positions
-
-    def row_positions(ids, grids, merge):
-        positions = original(ids, grids, merge)
-        frozen = None
-        for i, token in enumerate(ids):
-            frozen = (
-                (positions[0, i].item() if frozen is None else frozen) if token in grids else None
-            )
-            positions[0, i] = positions[0, i] if frozen is None else frozen
-        return positions
-
-    qwen2vl.row_positions = row_positions
+# ----------------------------------------------------------------------------- training and scoring
 
 
-VARIANTS = {"none": lambda: None}
-for change in (one_dimensional, no_vision_rope, one_size, raster, no_time):
-    VARIANTS[change.__name__.replace("_", "-")] = change
+@dataclass(frozen=True)
+class Start:
+    """What all variants start with: weights, order of the samples, questions, learning rate."""
+
+    initialize: Callable[[Qwen2VL], None]
+    curriculum: Curriculum
+    exam: Exam
+    lr: str
 
 
-def go_on_from(folder: Path) -> None:
-    """Training begins with these weights, and at once with the lessons of its last stage."""
+def from_checkpoint(folder: Path) -> Start:
+    """Start with a checkpoint's weights and the samples of the last stage of the curriculum."""
     weights = load_model(folder, dtype=torch.float32).state_dict()
-    train.initialise = lambda model: model.load_state_dict(weights)
-    train.CURRICULUM = {0: train.CURRICULUM[max(train.CURRICULUM)]}
-    train.STAGES = train.WORDS_STAGES = (0, 0)
-    train.GROW = 1
-
-
-def begin_anew(steps: int) -> None:
-    """Training takes the first lessons of its curriculum, without the words, and so does the score."""
-    train.CURRICULUM = {0: "lone", 400: "places"}
-    score.SKILLS = {"shapes": train.TOPICS["places"][1]}
-    most = min(6, 1 + (steps - 1) // train.GROW)  # shapes in a picture, as at the end
-    score.lesson = lambda topic, seed: scenes.lesson(
-        topic, seed, scenes.START_SIZE[topic], scenes.START, most
+    last_topics = CURRICULUM.topics_from[max(CURRICULUM.topics_from)]
+    curriculum = replace(
+        CURRICULUM,
+        topics_from={0: last_topics},
+        small_from=0,
+        all_sizes_from=0,
+        small_words_from=0,
+        all_words_from=0,
+        grow_every=1,
     )
+    return Start(lambda model: model.load_state_dict(weights), curriculum, Exam(), "3e-4")
+
+
+def from_scratch(steps: int) -> Start:
+    """Start with random weights and the first samples, without the printed words."""
+    curriculum = replace(CURRICULUM, topics_from={0: "lone", 400: "places"})
+    most_shapes = curriculum.most_shapes(steps - 1)
+
+    def make_first_sample(topic: str, seed: int) -> Sample:
+        return make_sample(topic, seed, START_SIZE[topic], START, most_shapes)
+
+    exam = Exam(TOPICS["places"].skills, make_first_sample)
+    return Start(train.initialize, curriculum, exam, "7e-4")
+
+
+def load_variant(variant: Variant, folder: Path) -> Qwen2VL:
+    """Return the variant's model with a checkpoint's weights, in their dtype."""
+    stored = load_model(folder)
+    model = variant.build_model(stored.config).to(stored.lm_head.weight.dtype)
+    model.load_state_dict(stored.state_dict())
+    model.generation_config = stored.generation_config
+    return model.eval()
+
+
+def run_variant(variant: Variant, start: Start, run: Path, args, train_options: list[str]) -> None:
+    """Train a variant and write RUN/score.json."""
+    recipe = train.Recipe(
+        start.curriculum, variant.to_messages, variant.build_model, start.initialize
+    )
+    checkpoint = run / "checkpoint"
+    options = ["--folder", str(checkpoint), "--run", str(run), "--steps", str(args.steps)]
+    options += ["--items", "0", "--processes", "1", "--lr", start.lr]
+    train.main(options + train_options, recipe)
+    exam = replace(start.exam, to_messages=variant.to_messages)
+    model = load_variant(variant, checkpoint)
+    shares = score(model, load_processor(checkpoint), args.items, exam=exam)
+    write_json(run / "score.json", shares)
 
 
 def table(runs: Path) -> str:
-    """The skills as rows, the variants as columns: the whole model's score, then what the others differ from it."""
-    results = {name: runs / name / "score.json" for name in VARIANTS}
-    results = {
-        name: json.loads(file.read_text()) for name, file in results.items() if file.exists()
-    }
+    """Return a Markdown table: the score of "none" by skill, and the differences of the others."""
+    results = {}
+    for name in VARIANTS:
+        file = runs / name / "score.json"
+        if file.exists():
+            results[name] = json.loads(file.read_text())
     if "none" not in results:
         raise SystemExit(
-            f"there is no {runs / 'none' / 'score.json'} to compare with: run the variant none first"
+            f"expected {runs / 'none' / 'score.json'} to compare with: run the variant none first"
         )
-    rows = ["| skill | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
-    for skill, whole in results["none"].items():
-        others = [
-            f"{100 * (scores[skill] - whole):+.1f}"
-            for name, scores in results.items()
-            if name != "none"
-        ]
-        rows.append(" | ".join([f"| {skill}", f"{100 * whole:.1f} %", *others]) + " |")
-    return "\n".join(rows)
+    lines = ["| skill | " + " | ".join(results) + " |", "|---" * (len(results) + 1) + "|"]
+    unchanged = results.pop("none")
+    for skill, share in unchanged.items():
+        cells = [skill, f"{100 * share:.1f} %"]
+        for shares in results.values():
+            cells.append(f"{100 * (shares[skill] - share):+.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Let the trained model go on without one of its parts."
+        description="Train the model further without one of its parts."
     )
-    parser.add_argument("variant", choices=[*VARIANTS, "table"])
-    parser.add_argument(
-        "--checkpoint", type=Path, default=score.CHECKPOINT, help="what they start from"
+    add = parser.add_argument
+    add("variant", choices=[*VARIANTS, "table"])
+    add("--checkpoint", type=Path, default=CHECKPOINT, help="the weights to start from")
+    add(
+        "--from-scratch",
+        "--anew",
+        action="store_true",
+        help="start from random weights, with the first samples (--anew is its former name)",
     )
-    parser.add_argument(
-        "--anew", action="store_true", help="start from random weights, with the first lessons"
-    )
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablations"))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument(
-        "--items", type=int, default=500, help="questions of each skill that the score takes"
-    )
-    args, rest = parser.parse_known_args(argv)  # the rest is for tiny.train, as --bf16
-    runs = args.runs / "anew" if args.anew else args.runs
+    add("--runs", type=Path, default=Path("runs/ablations"))
+    add("--steps", type=int, default=1000)
+    add("--items", type=int, default=500, help="questions of each skill for the score")
+    args, train_options = parser.parse_known_args(argv)  # the others are for tiny.train, as --bf16
+    runs = args.runs / "from-scratch" if args.from_scratch else args.runs
     if args.variant == "table":
         print(table(runs))
         return 0
-    if not args.anew:
-        go_on_from(args.checkpoint)
-    elif args.variant in ("one-size", "no-time"):
+    if args.from_scratch and args.variant in UNCHANGED_FROM_SCRATCH:
         parser.error(
-            f"the first lessons are pictures of one size and no clips: {args.variant} changes nothing there"
+            "the first samples are images of one size and no videos: "
+            f"{args.variant} changes nothing there"
         )
-    else:
-        begin_anew(args.steps)
-    VARIANTS[args.variant]()
-    place = runs / args.variant
-    options = [
-        "--folder",
-        place / "checkpoint",
-        "--run",
-        place,
-        "--steps",
-        args.steps,
-        "--items",
-        0,
-    ]
-    train.main(
-        [*map(str, options), "--processes", "1", "--lr", "7e-4" if args.anew else "3e-4", *rest]
-    )
-    write_json(place / "score.json", score.score(place / "checkpoint", args.items))
+    start = from_scratch(args.steps) if args.from_scratch else from_checkpoint(args.checkpoint)
+    variant = VARIANTS[args.variant]
+    run_variant(variant, start, runs / args.variant, args, train_options)
     return 0
 
 

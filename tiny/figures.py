@@ -1,87 +1,114 @@
-"""Draws what tiny/README.md shows: the losses of the training and a dozen questions with the model's answers.
+"""Draw the figures of tiny/README.md: questions with the model's answers, and the training losses.
 
 python -m tiny.figures                    tiny/samples.png, from the bundled checkpoint
-python -m tiny.figures --run runs/tiny    also tiny/loss.png, from the history that the training left there
+python -m tiny.figures --run runs/tiny    also tiny/loss.png, from the history of a training
 """
 
 import argparse
 import json
 import math
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws into files: there need be no screen
+matplotlib.use("Agg")  # draws into files, without a screen
 
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
 from extras.boxes import find_boxes
 from load_weights import load_model
-from tiny.scenes import SKILLS, Lesson, draw
-from tiny.score import CHECKPOINT, ask, processor_for, questions
+from tiny.scenes import QAPair, Sample, draw
+from tiny.score import CHECKPOINT, Exam, load_processor
 
 FOLDER = Path(__file__).parent
-AGAIN = ("read", "compare", "video")  # the skills that are shown twice; the others once
+SHOWN_TWICE = ("read", "compare", "video")  # the skills; the others are shown once
+GAP = 4  # pixels between two images
 
 
-def picture(lesson: Lesson, said: str) -> Image.Image:
-    """All that there is to be seen, side by side, with the box that was said."""
-    frames = [draw(scene) for scene in lesson.scenes]
-    for box in find_boxes(said)[:1]:
-        ImageDraw.Draw(frames[0]).rectangle(
-            box.in_pixels(*frames[0].size), outline=(255, 0, 255), width=2
-        )
-    width, height = (
-        sum(frame.width + 4 for frame in frames) - 4,
-        max(frame.height for frame in frames),
-    )
-    strip, left = Image.new("RGB", (width, height), "white"), 0
-    for frame in frames:
-        strip.paste(frame, (left, 0))
-        left += frame.width + 4
-    return strip
+@dataclass
+class Answered:
+    """A question and the model's response to it."""
+
+    skill: str
+    sample: Sample
+    pair: QAPair
+    response: str
+
+    def image(self) -> Image.Image:
+        """Return the images or frames side by side, with the box of the response."""
+        frames = [draw(scene) for scene in self.sample.scenes]
+        for box in find_boxes(self.response)[:1]:
+            corners = box.in_pixels(*frames[0].size)
+            ImageDraw.Draw(frames[0]).rectangle(corners, outline=(255, 0, 255), width=2)
+        width = sum(frame.width + GAP for frame in frames) - GAP
+        height = max(frame.height for frame in frames)
+        strip = Image.new("RGB", (width, height), "white")
+        left = 0
+        for frame in frames:
+            strip.paste(frame, (left, 0))
+            left += frame.width + GAP
+        return strip
+
+    def is_right(self) -> bool:
+        return self.skill == "ground" or self.response == self.pair.turns[-1][1]
+
+    def text(self) -> str:
+        """Return the conversation, wrapped."""
+        lines = []
+        for question, answer in self.pair.turns[:-1]:
+            lines += [question, answer]
+        question, answer = self.pair.turns[-1]
+        lines.append(question)
+        lines.append(f"→ {self.response}")
+        if not self.is_right():
+            lines[-1] += f"   (right: {answer})"
+        return "\n".join(textwrap.fill(line, 62, subsequent_indent="   ") for line in lines)
+
+
+def answer_samples(folder: Path) -> list[Answered]:
+    """Ask the first evaluation question of the first skill, the second of the second, and so on."""
+    model = load_model(folder)
+    processor = load_processor(folder)
+    exam = Exam()
+    answered = []
+    for number, skill in enumerate(exam.skills):
+        questions = exam.questions(skill, 2 if skill in SHOWN_TWICE else 1, skip=number)
+        responses = exam.ask(model, processor, questions)
+        for (sample, pair), response in zip(questions, responses, strict=True):
+            answered.append(Answered(skill, sample, pair, response))
+    return answered
 
 
 def samples(folder: Path, file: Path, columns: int = 3) -> None:
-    """Of the first skill the first evaluation question, of the second the second, ...: nothing is picked out."""
-    model, processor = load_model(folder), processor_for(folder)
-    shown = []
-    for number, skill in enumerate(skill for skills in SKILLS.values() for skill in skills):
-        items = questions(skill, 2 if skill in AGAIN else 1, skip=number)
-        for (lesson, exchange), said in zip(items, ask(model, processor, items), strict=True):
-            *before, (question, answer) = exchange.turns
-            lines = [line for turn in before for line in turn] + [question]
-            shown.append((picture(lesson, said), skill, lines, said, answer))
-    rows = -(-len(shown) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 2.4 * rows), layout="constrained"
-    )
+    """Draw a question of each skill with the model's response."""
+    answered = answer_samples(folder)
+    rows = math.ceil(len(answered) / columns)
+    size = (4.6 * columns, 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
         axis.set_anchor("W")
-    for axis, (image, skill, lines, said, answer) in zip(axes.flat, shown, strict=False):
-        axis.imshow(image)
-        right = skill == "ground" or said == answer
-        lines = [*lines, f"→ {said}" if right else f"→ {said}   (right: {answer})"]
-        text = "\n".join(textwrap.fill(line, 62, subsequent_indent="   ") for line in lines)
-        axis.set_title(text, fontsize=9, loc="left", color="black" if right else "firebrick")
+    for axis, one in zip(axes.flat, answered, strict=False):
+        axis.imshow(one.image())
+        color = "black" if one.is_right() else "firebrick"
+        axis.set_title(one.text(), fontsize=9, loc="left", color=color)
     figure.savefig(file, dpi=100)
     print(file)
 
 
 def losses(history: dict[str, dict[str, float]], file: Path) -> None:
-    """The loss of each topic over the steps: the mean of 100 steps, at each save."""
+    """Draw the loss of each topic over the steps: the mean of 100 steps, at each save."""
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    axis.set_prop_cycle(
-        plt.cycler(linestyle=["-", "--"]) * plt.cycler(color=plt.get_cmap("tab10").colors)
-    )
+    colors = plt.cycler(color=plt.get_cmap("tab10").colors)
+    axis.set_prop_cycle(plt.cycler(linestyle=["-", "--"]) * colors)
+    steps = [int(step) for step in history]
     for topic in sorted({topic for means in history.values() for topic in means}):
-        points = [
-            (int(step), means.get(topic, math.nan)) for step, means in history.items()
-        ]  # a gap where it rested
-        axis.plot(*zip(*points, strict=True), marker=".", markersize=3, label=topic)
+        # A topic that was not trained leaves a gap.
+        points = [means.get(topic, math.nan) for means in history.values()]
+        axis.plot(steps, points, marker=".", markersize=3, label=topic)
     axis.set(yscale="log", xlabel="step", ylabel="loss on the answers' tokens")
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -89,11 +116,11 @@ def losses(history: dict[str, dict[str, float]], file: Path) -> None:
     print(file)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Draw the figures of tiny/README.md.")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--run", type=Path, help="the run folder of a training")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the figures go")
+    parser.add_argument("--run", type=Path, help="the run directory of a training")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="the directory of the figures")
     args = parser.parse_args(argv)
     samples(args.checkpoint, args.folder / "samples.png")
     if args.run:

@@ -1,28 +1,33 @@
-"""The small world of the bundled model: pictures and clips, and questions about them.
+"""Draw the training data of the bundled model: images and videos, and questions about them.
 
-A lesson is data, drawn from a topic and a seed: what is to be seen, and what is asked about it, with the answers.
+A sample is data, drawn at random from a topic and a seed: scenes, and question-answer pairs about
+them. The same topic and seed give the same sample.
 
-    lesson(topic, seed) -> Lesson     scenes and exchanges of questions and answers; same seed, same lesson
-    draw(scene) -> PIL.Image          one picture, or one frame of a clip
-    messages(lesson, exchanges)       the conversation, as the processor takes it
+    make_sample(topic, seed) -> Sample          scenes and question-answer pairs
+    draw(scene) -> PIL.Image                    one image, or one frame of a video
+    to_conversation(sample, qa_pairs) -> list   the messages, as the processor takes them
 
-Four topics:
+There are four topics:
 
-    shapes   a picture of one to six coloured shapes at nine places, on a light background with a thin frame
-    words    a picture of one or two printed lines: a word or a number of up to six characters each
-    album    two or three small pictures of shapes
-    clip     four to eight frames: a ball moves, or shapes appear and disappear, and the light may flash
+    shapes   an image of one to six colored shapes at nine places, on a light background, framed
+    words    an image of one or two printed lines: a word or a number of up to six characters each
+    album    two or three small images of shapes
+    clip     a video of four to eight frames: a ball moves, or shapes appear and disappear, and the
+             background may flash
 
-Evaluation and training never share a seed: evaluation owns the seeds below TRAIN_SEEDS, training counts up from
-there.
+Training and evaluation never share a seed: evaluation uses the seeds below TRAIN_SEEDS, training
+those from TRAIN_SEEDS upward. The checkpoint was trained on exactly what this file draws. A change
+in the order of the random draws, in a topic's name (it seeds the generator) or in a question's text
+would make another data set.
 
-`python -m tiny.scenes` writes the pictures and the clip of `examples/`.
+`python -m tiny.scenes` writes the images and the video of `examples/`.
 """
 
 import argparse
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
@@ -30,10 +35,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-TRAIN_SEEDS = 1_000_000  # seeds 0 ... 999,999 are for evaluation, those from here on for training
+TRAIN_SEEDS = 1_000_000  # seeds 0 to 999,999 are for evaluation, those from here on for training
 
 KINDS = ("circle", "square", "triangle", "star")
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "yellow": (240, 200, 0),
     "green": (40, 160, 60),
@@ -41,19 +46,20 @@ COLOURS = {
     "purple": (150, 50, 180),
     "black": (20, 20, 20),
 }
-PLACES = (  # in reading order: place i is row i // 3, column i % 3
+PLACES = (  # in reading order: place i is in row i // 3, column i % 3
     *("top left", "top", "top right"),
     *("left", "center", "right"),
     *("bottom left", "bottom", "bottom right"),
 )
 NUMBERS = ("Zero", "One", "Two", "Three", "Four", "Five", "Six")
-LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"
-SKILLS = {  # by topic
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+SKILLS = {  # topic → what its questions ask for
     "shapes": (
         "describe",
         "count",
         "what",
-        "colour",
+        "color",
         "shape",
         "where",
         "relation",
@@ -64,15 +70,19 @@ SKILLS = {  # by topic
     "album": ("compare", "shows", "inside"),
     "clip": ("video", "frame"),
 }
-# A picture has a thin frame. The vision tower knows positions only relative to each other, so on an even background
-# it could hardly tell how far a lone shape is from the edges: nothing there looks like an edge.
-FRAME, FRAME_COLOUR = 2, (110, 110, 110)
+# Every image has a thin frame. The vision encoder knows only relative positions, so on an even
+# background nothing would tell it how far a lone shape is from the edges.
+FRAME = 2  # pixels
+FRAME_COLOR = (110, 110, 110)
 SMALLEST = 20  # pixels, the side of the smallest shape
-MANY = 84  # pixels: a picture with a shorter side has at most two shapes, or one line
-# Sizes of print, small to large: of the scalable font, and negative: how often the bitmap font is enlarged.
-PRINT = (-3, 28, 32, -4, 40, 48)
-SPACED = 28  # pixels from letter to letter in a spaced line, as much as a token is wide
+MANY = 84  # pixels: an image with a shorter side has at most two shapes, or one line
+# Font sizes, small to large. Positive: of the scalable font. Negative: the enlargement of the
+# bitmap font.
+FONT_SIZES = (-3, 28, 32, -4, 40, 48)
+SPACED = 28  # pixels from letter to letter in a letter-spaced line: the width of a token
 
+# The wording of the questions. The bundled checkpoint knows these sentences, so their spelling
+# stays as it is.
 DESCRIBE = (
     "Describe the image.",
     "Describe this image.",
@@ -80,51 +90,61 @@ DESCRIBE = (
     "What do you see?",
 )
 COUNT = ("How many {} are there?", "How many {} do you see?", "Count the {}.")
+COUNT_MORE = ("And {}?", "And how many {}?")
 WHAT = ("What is {}?", "What do you see {}?")
-COLOUR = ("What colour is the {}?", "Which colour does the {} have?")
+COLOR = ("What colour is the {}?", "Which colour does the {} have?")
+ITS_COLOR = ("And its colour?", "What colour is it?")
 SHAPE = ("What shape is {}?", "Which shape is {}?")
 WHERE = ("Where is the {}?", "Where do you see the {}?", "Tell me where the {} is.")
+WHERE_IS_IT = ("And where is it?", "Where is it?")
 RELATION = "Is the {} {} the {}?"
 GROUND = ("Find the {}.", "Detect the {}.", "Draw a box around the {}.")
 READ = ("What is written here?", "Read the text.", "What does it say?")
 MORE = ("Which picture has more {}?", "Which picture shows more {}?")
 MOST = ("Which picture has the most {}?", "Which picture shows the most {}?")
-IN_ONE, SHOWS = "How many {} are there in picture {}?", "Which picture shows a {}?"
+COUNT_IN_ONE = "How many {} are there in picture {}?"
+SHOWS = "Which picture shows a {}?"
 INSIDE = "What is in picture {}?"
 MOVES = ("Which way does the ball move?", "Where does the ball go?")
+BALL_COLOR = "What colour is the ball?"
 FIRST = ("What happens first?", "What is the first thing that happens?")
 LAST = ("What happens last?", "What is the last thing that happens?")
-BEGIN, END = "What is there at first?", "What is there at the end?"
+BEGINNING = "What is there at first?"
+END = "What is there at the end?"
 FLASHES = ("How many flashes are there?", "How many flashes?", "Count the flashes.")
-WAYS = {
+DIRECTIONS = {  # answer → (axis, whether the coordinate grows)
     "To the left.": (0, False),
     "To the right.": (0, True),
     "Up.": (1, False),
     "Down.": (1, True),
-}  # axis, forward
+}
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
+Turn = tuple[str, str]  # a question and its answer
 
 
 @dataclass(frozen=True)
 class Shape:
     kind: str
-    colour: str
+    color: str
     place: str
-    box: tuple[
-        int, int, int, int
-    ]  # left, top, right, bottom in pixels; the right and bottom edges are outside
+    box: Box
 
     @property
     def name(self) -> str:
-        return f"{self.colour} {self.kind}"
+        return f"{self.color} {self.kind}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """A printed line. `size` is that of the scalable font; negative: how often the bitmap font is enlarged. In a
-    spaced line each letter stands in the middle of as many pixels as `pitch` says; 0: one follows the other."""
+    """A printed line of text.
+
+    size: an entry of FONT_SIZES. pitch: pixels from letter to letter in a letter-spaced line; 0:
+    normal spacing.
+    """
 
     text: str
-    colour: str
+    color: str
     size: int
     left: int
     top: int
@@ -133,6 +153,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Scene:
+    """What one image or one frame of a video shows."""
+
     width: int
     height: int
     background: tuple[int, int, int]
@@ -141,192 +163,276 @@ class Scene:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """One question and its answer, or two in a row of which the second cannot do without the first."""
+class QAPair:
+    """A question-answer pair, or two in a row, the second of which depends on the first."""
 
     skill: str
-    turns: tuple[tuple[str, str], ...]
+    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Sample:
     topic: str
-    scenes: tuple[Scene, ...]  # one picture, two or three, or the frames of a clip
-    exchanges: tuple[Exchange, ...]
+    scenes: tuple[Scene, ...]  # one image, two or three images, or the frames of a video
+    qa_pairs: tuple[QAPair, ...]
 
 
-# ---------------------------------------------------------------------------------------------------- the pictures
+# -------------------------------------------------------------------------------------- image sizes
 
 
-# By topic: the rows and columns of 28-pixel cells that a picture may have, each from … to, the largest area in cells,
-# how many times as high as wide it may be, or as wide as high, and how far a side may be from its cells, in pixels.
-# (The processor rounds sides to whole cells, so 13 pixels of 56 are a visible distortion, which letters do not bear.)
+@dataclass(frozen=True)
+class SizeRange:
+    """The image sizes of a topic, in cells of 28×28 pixels.
+
+    The processor rounds sides to whole cells. A side may differ from its cells by at most `jitter`
+    pixels: 13 pixels of 56 are a visible distortion, which shapes tolerate and letters do not.
+    """
+
+    rows: range
+    columns: range
+    largest_area: int
+    tallest: int  # height / width at most
+    widest: int  # width / height at most
+    jitter: int
+
+
 SIZES = {
-    "shapes": ((2, 12), (2, 12), 96, 2, 2, 13),
-    "words": ((2, 4), (2, 8), 24, 1, 4, 4),
-    "album": ((3, 4), (3, 4), 16, 2, 2, 13),
-    "clip": ((3, 4), (3, 4), 16, 2, 2, 13),
+    "shapes": SizeRange(range(2, 13), range(2, 13), 96, 2, 2, 13),
+    "words": SizeRange(range(2, 5), range(2, 9), 24, 1, 4, 4),
+    "album": SizeRange(range(3, 5), range(3, 5), 16, 2, 2, 13),
+    "clip": SizeRange(range(3, 5), range(3, 5), 16, 2, 2, 13),
 }
-# Training begins with pictures of one size, where a place or a letter is just one token, and goes on with small ones.
-START, SMALL, WHOLE = 0, 1, 2
+# The stages of training. It starts with images of one size, where a place or a letter is exactly
+# one token, continues with small images and then uses all sizes.
+START = 0
+SMALL = 1
+WHOLE = 2
 START_SIZE = {"shapes": (3, 3), "words": (2, 6)}
+SMALL_AREA = 16  # cells
 
 
 def sizes(topic: str, stage: int = WHOLE) -> list[tuple[int, int]]:
-    """The sizes of a topic's pictures as (rows, columns) of cells; small ones stand there more than once."""
+    """Return the image sizes of a topic as (rows, columns) of cells; small sizes are repeated, as
+    weights.
+    """
     if stage == START:
         return [START_SIZE[topic]]
-    heights, widths, area, high, wide, _ = SIZES[topic]
-    return [
-        (rows, columns)
-        for rows in range(heights[0], heights[1] + 1)
-        for columns in range(widths[0], widths[1] + 1)
-        if rows * columns <= (area if stage == WHOLE else 16)
-        and rows <= high * columns
-        and columns <= wide * rows
-        for _ in range(round(96 / (8 + rows * columns)))
-    ]
+    allowed = SIZES[topic]
+    largest_area = allowed.largest_area if stage == WHOLE else SMALL_AREA
+    result = []
+    for rows in allowed.rows:
+        for columns in allowed.columns:
+            if rows * columns > largest_area:
+                continue
+            if rows > allowed.tallest * columns or columns > allowed.widest * rows:
+                continue
+            result += [(rows, columns)] * round(96 / (8 + rows * columns))
+    return result
 
 
 def canvas(
     rng: random.Random, topic: str, cells: tuple[int, int] | None = None, stage: int = WHOLE
 ) -> Scene:
-    """An empty scene that the processor will resize to exactly `cells`."""
-    off = 0 if stage == START else SIZES[topic][-1]
-    height, width = (
-        rng.randint(max(56, 28 * n - off), min(336, 28 * n + off))
-        for n in cells or rng.choice(sizes(topic))
-    )
-    return Scene(width, height, tuple(rng.randint(225, 255) for _ in range(3)))
+    """Return an empty scene that the processor resizes to exactly `cells`."""
+    jitter = 0 if stage == START else SIZES[topic].jitter
+    rows, columns = cells or rng.choice(sizes(topic))
+    height = random_side(rng, rows, jitter)
+    width = random_side(rng, columns, jitter)
+    background = (rng.randint(225, 255), rng.randint(225, 255), rng.randint(225, 255))
+    return Scene(width, height, background)
+
+
+def random_side(rng: random.Random, cells: int, jitter: int) -> int:
+    """Return a side in pixels that is at most `jitter` away from its cells."""
+    return rng.randint(max(56, 28 * cells - jitter), min(336, 28 * cells + jitter))
+
+
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def with_shapes(rng: random.Random, empty: Scene, most: int = 6, few_larger: bool = True) -> Scene:
-    """Shapes at different places, not touching each other. Few shapes may be larger than a ninth of the picture."""
-    width, height = empty.width, empty.height
-    most = min(most, 6 if min(width, height) >= MANY else 2)
-    # With kinds and colours drawn from all, three of a kind would be rare; from a few, all numbers turn up.
+    """Return the scene with 1 to `most` shapes at different places that do not touch each other.
+
+    few_larger: one or two shapes may be larger than a ninth of the image.
+    """
+    if min(empty.width, empty.height) < MANY:
+        most = min(most, 2)
+    # With kinds and colors drawn from all, three of a kind would be rare. Drawn from a few, all
+    # numbers occur.
     kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
-    colours = rng.sample(list(COLOURS), rng.randint(1, len(COLOURS)))
-    kind_of = {
-        colour: rng.choice(kinds) for colour in colours
-    }  # in one picture a colour belongs to one kind
-    count = rng.randint(1, most)
-    cell_width, cell_height = (width - 2 * FRAME) / 3, (height - 2 * FRAME) / 3
+    colors = rng.sample(list(COLORS), rng.randint(1, len(COLORS)))
+    kind_of = {color: rng.choice(kinds) for color in colors}  # one kind to a color in an image
+    count = rng.randint(1, min(most, 6))
+    largest = 1.4 if count < 3 and few_larger else 0.95  # of a ninth of the image
     while True:
         shapes = []
         for place in sorted(rng.sample(range(len(PLACES)), count)):
-            row, column = divmod(place, 3)
-            side = rng.uniform(0.75, 1.4 if count < 3 and few_larger else 0.95) * min(
-                cell_width, cell_height
-            )
-            side = max(SMALLEST, round(side))
-            # Its middle stays near that of the cell, so that its place is never in doubt.
-            x = FRAME + (column + 0.5 + rng.uniform(-0.2, 0.2)) * cell_width
-            y = FRAME + (row + 0.5 + rng.uniform(-0.2, 0.2)) * cell_height
-            left = int(min(max(x - side / 2, FRAME + 1), width - FRAME - 1 - side))
-            top = int(min(max(y - side / 2, FRAME + 1), height - FRAME - 1 - side))
-            colour = rng.choice(colours)
-            shapes.append(
-                Shape(kind_of[colour], colour, PLACES[place], (left, top, left + side, top + side))
-            )
-        if not any(near(one.box, other.box) for one, other in combinations(shapes, 2)):
+            box = random_box(rng, empty, place, largest)
+            color = rng.choice(colors)
+            shapes.append(Shape(kind_of[color], color, PLACES[place], box))
+        if not any(near(a.box, b.box) for a, b in combinations(shapes, 2)):
             return replace(empty, shapes=tuple(shapes))
 
 
-def near(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
-    """Whether two boxes overlap or are less than two pixels apart."""
-    return all(one[i] < other[i + 2] + 2 and other[i] < one[i + 2] + 2 for i in (0, 1))
+def random_box(rng: random.Random, scene: Scene, place: int, largest: float) -> Box:
+    """Return a square box at one of the nine places; its center stays near the center of that
+    ninth.
+    """
+    row, column = divmod(place, 3)
+    cell_width = (scene.width - 2 * FRAME) / 3
+    cell_height = (scene.height - 2 * FRAME) / 3
+    side = rng.uniform(0.75, largest) * min(cell_width, cell_height)
+    side = max(SMALLEST, round(side))
+    x = FRAME + (column + 0.5 + rng.uniform(-0.2, 0.2)) * cell_width
+    y = FRAME + (row + 0.5 + rng.uniform(-0.2, 0.2)) * cell_height
+    left = int(min(max(x - side / 2, FRAME + 1), scene.width - FRAME - 1 - side))
+    top = int(min(max(y - side / 2, FRAME + 1), scene.height - FRAME - 1 - side))
+    return left, top, left + side, top + side
+
+
+def near(a: Box, b: Box) -> bool:
+    """Return whether two boxes overlap or are less than two pixels apart."""
+    near_in_x = a[0] < b[2] + 2 and b[0] < a[2] + 2
+    near_in_y = a[1] < b[3] + 2 and b[1] < a[3] + 2
+    return near_in_x and near_in_y
+
+
+# ------------------------------------------------------------------------------------- printed text
 
 
 @cache
 def font(size: int):
-    """Pillow's own fonts: the scalable one in a size, or for a negative size the bitmap one."""
-    return ImageFont.load_default(size) if size > 0 else ImageFont.load_default_imagefont()
+    """Return one of Pillow's own fonts: the scalable font in a size, or for a negative size the
+    bitmap font.
+    """
+    if size > 0:
+        return ImageFont.load_default(size)
+    return ImageFont.load_default_imagefont()
 
 
 def printed(line: Line) -> Image.Image:
-    """The line as a mask: 255 where the ink is, 0 elsewhere. A spaced line has all letters on one base line."""
+    """Return the line as a mask: 255 where the ink is, 0 elsewhere."""
     if line.pitch:
-        letters = [printed(replace(line, text=letter, pitch=0)) for letter in line.text]
-        height = max(letter.height for letter in letters)
-        mask = Image.new("L", (line.pitch * len(letters), height))
-        for i, letter in enumerate(letters):
-            mask.paste(
-                letter, (line.pitch * i + (line.pitch - letter.width) // 2, height - letter.height)
-            )
-        return mask
-    mask = Image.new("L", tuple(math.ceil(edge) for edge in font(line.size).getbbox(line.text)[2:]))
+        return printed_spaced(line)
+    _, _, right, bottom = font(line.size).getbbox(line.text)
+    mask = Image.new("L", (math.ceil(right), math.ceil(bottom)))
     ImageDraw.Draw(mask).text((0, 0), line.text, fill=255, font=font(line.size))
     mask = mask.crop(mask.getbbox())
-    return mask.resize([side * max(1, -line.size) for side in mask.size], Image.Resampling.NEAREST)
+    enlargement = max(1, -line.size)
+    size = (mask.width * enlargement, mask.height * enlargement)
+    return mask.resize(size, Image.Resampling.NEAREST)
+
+
+def printed_spaced(line: Line) -> Image.Image:
+    """Return a letter-spaced line as a mask: each letter centered in `pitch` pixels, all on one
+    baseline.
+    """
+    letters = [printed(replace(line, text=letter, pitch=0)) for letter in line.text]
+    height = max(letter.height for letter in letters)
+    mask = Image.new("L", (line.pitch * len(letters), height))
+    for i, letter in enumerate(letters):
+        left = line.pitch * i + (line.pitch - letter.width) // 2
+        mask.paste(letter, (left, height - letter.height))
+    return mask
+
+
+def ink_color(rng: random.Random) -> str:
+    """Return a random color that is readable on a light background."""
+    return rng.choice([color for color in COLORS if color != "yellow"])
 
 
 def with_lines(rng: random.Random, empty: Scene, spaced: float = 0.25) -> Scene:
-    """One line, or in a high picture also two, each anywhere in its part of it, in a size that fits. `spaced` is the
-    share of spaced lines."""
+    """Return the scene with one line of text, or two where the image is high enough, each at a
+    random position.
+
+    spaced: the probability that a line is letter-spaced.
+    """
     count = 1 if empty.height < MANY - 4 else rng.randint(1, 2)
-    height, lines = (empty.height - 2 * FRAME) // count, []
-    colour = rng.choice([colour for colour in COLOURS if colour != "yellow"])
+    height = (empty.height - 2 * FRAME) // count  # of the part of the image that a line has
+    color = ink_color(rng)
+    lines = []
     for row in range(count):
-        free = [-1]
-        while min(free) < 0:
-            text = "".join(rng.choices(rng.choice((LETTERS, LETTERS, DIGITS)), k=rng.randint(1, 6)))
-            line = Line(
-                text, colour, rng.choice(PRINT), 0, 0, SPACED if rng.random() < spaced else 0
-            )
-            free = [
-                a - b - 4
-                for a, b in zip((empty.width - 2 * FRAME, height), printed(line).size, strict=True)
-            ]
-        left, top = (
-            FRAME + 2 + rng.randint(0, free[0]),
-            FRAME + 2 + row * height + rng.randint(0, free[1]),
-        )
+        line, free_width, free_height = fitting_line(rng, empty.width, height, color, spaced)
+        left = FRAME + 2 + rng.randint(0, free_width)
+        top = FRAME + 2 + row * height + rng.randint(0, free_height)
         lines.append(replace(line, left=left, top=top))
     return replace(empty, lines=tuple(lines))
 
 
+def fitting_line(
+    rng: random.Random, width: int, height: int, color: str, spaced: float
+) -> tuple[Line, int, int]:
+    """Return a random line that fits, and the pixels that are free beside it and below it."""
+    while True:
+        alphabet = rng.choice((LETTERS, LETTERS, DIGITS))
+        text = "".join(rng.choices(alphabet, k=rng.randint(1, 6)))
+        size = rng.choice(FONT_SIZES)
+        pitch = SPACED if rng.random() < spaced else 0
+        line = Line(text, color, size, 0, 0, pitch)
+        mask = printed(line)
+        free_width = width - 2 * FRAME - mask.width - 4
+        free_height = height - mask.height - 4
+        if free_width >= 0 and free_height >= 0:
+            return line, free_width, free_height
+
+
 def with_first_letters(rng: random.Random, empty: Scene) -> Scene:
-    """As many letters as the picture has columns of tokens, each in the middle of its own: reading begins so."""
-    colour = rng.choice([colour for colour in COLOURS if colour != "yellow"])
-    line = Line(
-        "".join(rng.choices(LETTERS + DIGITS, k=empty.width // 28)), colour, 32, 0, 0, SPACED
-    )
-    return replace(empty, lines=(replace(line, top=(empty.height - printed(line).height) // 2),))
+    """Return the scene with one letter centered in each column of tokens: the first samples of
+    reading.
+    """
+    color = ink_color(rng)
+    text = "".join(rng.choices(LETTERS + DIGITS, k=empty.width // 28))
+    line = Line(text, color, 32, 0, 0, SPACED)
+    top = (empty.height - printed(line).height) // 2
+    return replace(empty, lines=(replace(line, top=top),))
+
+
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def draw(scene: Scene, scale: int = 3) -> Image.Image:
-    """The picture of a scene: painted `scale` times as large, then averaged down, for smooth edges."""
+    """Return the image of a scene, drawn at `scale` times its size and averaged down, for smooth
+    edges.
+    """
     image = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
-    canvas = ImageDraw.Draw(image)
-    canvas.rectangle(
-        (0, 0, image.width - 1, image.height - 1), outline=FRAME_COLOUR, width=FRAME * scale
-    )
+    pen = ImageDraw.Draw(image)
+    edges = (0, 0, image.width - 1, image.height - 1)
+    pen.rectangle(edges, outline=FRAME_COLOR, width=FRAME * scale)
     for shape in scene.shapes:
-        left, top, right, bottom = (edge * scale for edge in shape.box)
-        paint = COLOURS[shape.colour]
-        if shape.kind == "circle":
-            canvas.ellipse((left, top, right - 1, bottom - 1), fill=paint)
-        elif shape.kind == "square":
-            canvas.rectangle((left, top, right - 1, bottom - 1), fill=paint)
-        elif shape.kind == "triangle":
-            canvas.polygon(
-                [((left + right) / 2, top), (right - 1, bottom - 1), (left, bottom - 1)], fill=paint
-            )
-        else:  # a star: ten corners, by turns on an outer and an inner circle
-            x, y, radius = (left + right) / 2, (top + bottom) / 2, (right - left) / 2
-            corners = []
-            for i in range(10):
-                r, angle = radius * (1, 0.42)[i % 2], math.pi * i / 5
-                corners.append((x + r * math.sin(angle), y - r * math.cos(angle)))
-            canvas.polygon(corners, fill=paint)
+        draw_shape(pen, shape, scale)
     image = image.reduce(scale)
     for line in scene.lines:
-        image.paste(COLOURS[line.colour], (line.left, line.top), printed(line))
+        image.paste(COLORS[line.color], (line.left, line.top), printed(line))
     return image
 
 
-# --------------------------------------------------------------------------------------------------- the questions
+def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, scale: int) -> None:
+    """Draw a shape at `scale` times its size."""
+    left, top, right, bottom = (edge * scale for edge in shape.box)
+    fill = COLORS[shape.color]
+    if shape.kind == "circle":
+        pen.ellipse((left, top, right - 1, bottom - 1), fill=fill)
+    elif shape.kind == "square":
+        pen.rectangle((left, top, right - 1, bottom - 1), fill=fill)
+    elif shape.kind == "triangle":
+        apex = ((left + right) / 2, top)
+        pen.polygon([apex, (right - 1, bottom - 1), (left, bottom - 1)], fill=fill)
+    else:
+        center = ((left + right) / 2, (top + bottom) / 2)
+        pen.polygon(star_corners(*center, (right - left) / 2), fill=fill)
+
+
+def star_corners(x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    """Return the ten corners of a star, alternately on an outer and an inner circle."""
+    corners = []
+    for i in range(10):
+        r = radius * 0.42 if i % 2 else radius
+        angle = math.pi * i / 5
+        corners.append((x + r * math.sin(angle), y - r * math.cos(angle)))
+    return corners
+
+
+# ---------------------------------------------------------------------------------------- sentences
 
 
 def at(place: str) -> str:
@@ -338,295 +444,426 @@ def sentence(words: str) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """ "A red circle at the top left, a blue square in the center." """
+    """Return a description such as "A red circle at the top left, a blue square in the center."."""
     return sentence(", ".join(f"a {shape.name} {at(shape.place)}" for shape in scene.shapes))
 
 
+def names_in(scene: Scene) -> str:
+    """Return the names of the shapes such as "a red circle, a blue square"."""
+    return ", ".join(f"a {shape.name}" for shape in scene.shapes)
+
+
 def boxed(shape: Shape, scene: Scene) -> str:
-    """A shape in the published format: its box in thousandths of width and height, here rounded to tens."""
-    sides = (scene.width, scene.height) * 2
-    left, top, right, bottom = (
-        10 * round(100 * edge / side) for edge, side in zip(shape.box, sides, strict=True)
-    )
+    """Return a shape in the published format of boxes: thousandths of width and height, here
+    rounded to tens.
+    """
+    left, top, right, bottom = shape.box
+    x1 = 10 * round(100 * left / scene.width)
+    y1 = 10 * round(100 * top / scene.height)
+    x2 = 10 * round(100 * right / scene.width)
+    y2 = 10 * round(100 * bottom / scene.height)
     reference = f"<|object_ref_start|>the {shape.name}<|object_ref_end|>"
-    return f"{reference}<|box_start|>({left},{top}),({right},{bottom})<|box_end|>"
+    return f"{reference}<|box_start|>({x1},{y1}),({x2},{y2})<|box_end|>"
 
 
 def totals(scene: Scene) -> dict[str, int]:
-    """How many there are of what: of all shapes, of each kind and of each colour."""
-    found = {"shapes": len(scene.shapes)}
-    found |= {f"{kind}s": sum(shape.kind == kind for shape in scene.shapes) for kind in KINDS}
-    return found | {
-        f"{colour} shapes": sum(shape.colour == colour for shape in scene.shapes)
-        for colour in COLOURS
-    }
+    """Return the numbers of all shapes, of each kind and of each color."""
+    result = {"shapes": len(scene.shapes)}
+    for kind in KINDS:
+        result[f"{kind}s"] = sum(shape.kind == kind for shape in scene.shapes)
+    for color in COLORS:
+        result[f"{color} shapes"] = sum(shape.color == color for shape in scene.shapes)
+    return result
 
 
 def something(rng: random.Random, scene: Scene) -> str:
-    """What to count. The number is chosen first, then what there are so many of: otherwise nearly all answers would
-    be zero or one, and "is there any?" would do for counting."""
-    found = totals(scene)
-    number = rng.choice(sorted(set(found.values())))
-    return rng.choice([what for what, total in found.items() if total == number])
+    """Return what to count.
 
-
-def related(rng: random.Random, one: Shape, other: Shape, plain: bool = False) -> tuple[str, str]:
-    """Asks for one of the directions in which the places of the two differ. `plain`: only "left of" and "above".
-
-    With all four words, neither a word nor a place alone makes an answer likelier: nothing to begin with.
+    The number is drawn first, then a group of that size. Otherwise nearly all answers would be zero
+    or one.
     """
-    (row, column), (other_row, other_column) = (
-        divmod(PLACES.index(shape.place), 3) for shape in (one, other)
-    )
-    ways = [("above", "below", row, other_row), ("left of", "right of", column, other_column)]
-    before, after, first, second = rng.choice([way for way in ways if way[2] != way[3]])
-    said = before if plain else rng.choice((before, after))
-    return RELATION.format(one.name, said, other.name), "Yes." if (said == before) == (
-        first < second
-    ) else "No."
+    counts = totals(scene)
+    number = rng.choice(sorted(set(counts.values())))
+    return rng.choice([group for group, count in counts.items() if count == number])
 
 
-def shapes_questions(rng: random.Random, scene: Scene, plain: bool = False) -> list[Exchange]:
-    """About one picture of shapes. What names a shape names just one; where none can be named so, less is asked."""
-    shapes, found = scene.shapes, totals(scene)
-    names, kinds = (Counter(getattr(shape, by) for shape in shapes) for by in ("name", "kind"))
-    by_name = [shape for shape in shapes if names[shape.name] == 1]  # "the red circle" is clear
-    by_kind = [shape for shape in shapes if kinds[shape.kind] == 1]  # even "the circle" is
-    asked = [("describe", (rng.choice(DESCRIBE), describe(scene)))]
+# ------------------------------------------------------------------------ questions about one image
 
-    def count(phrase: str, what: str) -> tuple[str, str]:
-        return phrase.format(what), NUMBERS[found[what]] + "."
 
-    asked += [("count", count(rng.choice(COUNT), something(rng, scene))) for _ in range(2)]
-    by_place = {shape.place: f"a {shape.name}" for shape in shapes}
+def count_turn(scene: Scene, question: str, group: str) -> Turn:
+    return question.format(group), NUMBERS[totals(scene)[group]] + "."
+
+
+def what_turn(rng: random.Random, scene: Scene) -> Turn:
+    """Ask for the shape at a place; at one place in three drawn at random there may be nothing."""
+    places = (rng.choice(scene.shapes).place, rng.choice(scene.shapes).place, rng.choice(PLACES))
+    place = rng.choice(places)
+    question = rng.choice(WHAT).format(at(place))
+    names = {shape.place: f"a {shape.name}" for shape in scene.shapes}
+    return question, sentence(names.get(place, "nothing"))
+
+
+def shape_turn(rng: random.Random, shape: Shape) -> Turn:
+    return rng.choice(SHAPE).format(at(shape.place)), sentence(f"a {shape.kind}")
+
+
+def color_turn(rng: random.Random, shape: Shape) -> Turn:
+    return rng.choice(COLOR).format(shape.kind), sentence(shape.color)
+
+
+def its_color_turn(rng: random.Random, shape: Shape) -> Turn:
+    return rng.choice(ITS_COLOR), sentence(shape.color)
+
+
+def where_turn(rng: random.Random, name: str, shape: Shape) -> Turn:
+    return rng.choice(WHERE).format(name), sentence(at(shape.place))
+
+
+def where_is_it_turn(rng: random.Random, shape: Shape) -> Turn:
+    return rng.choice(WHERE_IS_IT), sentence(at(shape.place))
+
+
+def relation_turn(rng: random.Random, first: Shape, second: Shape, plain: bool = False) -> Turn:
+    """Ask for one of the directions in which the places of two shapes differ.
+
+    plain: only "left of" and "above", for the start of training. With all four words, neither a
+    word nor a place alone makes an answer more likely.
+    """
+    first_row, first_column = divmod(PLACES.index(first.place), 3)
+    second_row, second_column = divmod(PLACES.index(second.place), 3)
+    axes = []
+    if first_row != second_row:
+        axes.append(("above", "below", first_row < second_row))
+    if first_column != second_column:
+        axes.append(("left of", "right of", first_column < second_column))
+    before, after, is_before = rng.choice(axes)
+    direction = before if plain else rng.choice((before, after))
+    is_true = is_before == (direction == before)
+    return RELATION.format(first.name, direction, second.name), "Yes." if is_true else "No."
+
+
+def only_one(shapes: tuple[Shape, ...], name_of: Callable[[Shape], str]) -> list[Shape]:
+    """Return the shapes whose name no other shape has."""
+    counts = Counter(name_of(shape) for shape in shapes)
+    return [shape for shape in shapes if counts[name_of(shape)] == 1]
+
+
+def shapes_questions(rng: random.Random, scene: Scene, plain: bool = False) -> list[QAPair]:
+    """Return the question-answer pairs about one image of shapes.
+
+    A name in a question fits exactly one shape. Where no shape has such a name, fewer questions are
+    asked.
+    """
+    pairs = [QAPair("describe", ((rng.choice(DESCRIBE), describe(scene)),))]
     for _ in range(2):
-        place = rng.choice((rng.choice(shapes).place, rng.choice(shapes).place, rng.choice(PLACES)))
-        asked.append(
-            ("what", (rng.choice(WHAT).format(at(place)), sentence(by_place.get(place, "nothing"))))
-        )
-    one = rng.choice(shapes)
-    asked.append(("shape", (rng.choice(SHAPE).format(at(one.place)), sentence(f"a {one.kind}"))))
-    first, second = rng.sample(("circles", "squares", "triangles", "stars", "shapes"), 2)
-    chats = [
-        (
-            count(rng.choice(COUNT), first),
-            count(rng.choice(("And {}?", "And how many {}?")), second),
-        )
-    ]
+        question = rng.choice(COUNT)
+        pairs.append(QAPair("count", (count_turn(scene, question, something(rng, scene)),)))
+    for _ in range(2):
+        pairs.append(QAPair("what", (what_turn(rng, scene),)))
+    shape = rng.choice(scene.shapes)
+    pairs.append(QAPair("shape", (shape_turn(rng, shape),)))
 
-    its_colour, it_is_at = (
-        ("And its colour?", "What colour is it?"),
-        ("And where is it?", "Where is it?"),
-    )
-    colour = (rng.choice(its_colour), sentence(one.colour))
-    chats.append(((rng.choice(SHAPE).format(at(one.place)), sentence(f"a {one.kind}")), colour))
-    for one in rng.sample(by_kind, min(2, len(by_kind))):
-        colour, place = sentence(one.colour), sentence(at(one.place))
-        asked.append(("colour", (rng.choice(COLOUR).format(one.kind), colour)))
-        chats.append(((rng.choice(COLOUR).format(one.kind), colour), (rng.choice(it_is_at), place)))
-        chats.append(
-            ((rng.choice(WHERE).format(one.kind), place), (rng.choice(its_colour), colour))
-        )
-    for one in rng.sample(by_name, min(4, len(by_name))):
-        asked.append(("where", (rng.choice(WHERE).format(one.name), sentence(at(one.place)))))
-    for one in rng.sample(by_name, min(2, len(by_name))):
-        asked.append(("ground", (rng.choice(GROUND).format(one.name), boxed(one, scene))))
-    for one, other in [rng.sample(by_name, 2) for _ in range(3) if len(by_name) > 1]:
-        asked.append(("relation", related(rng, one, other, plain)))
-        where = (rng.choice(WHERE).format(one.name), sentence(at(one.place)))
-        chats.append((where, (f"And the {other.name}?", sentence(at(other.place)))))
-    asked = [Exchange(skill, (turn,)) for skill, turn in asked]
-    return [*asked, Exchange("chat", rng.choice(chats))]
+    groups = rng.sample(("circles", "squares", "triangles", "stars", "shapes"), 2)
+    count = count_turn(scene, rng.choice(COUNT), groups[0])
+    count_more = count_turn(scene, rng.choice(COUNT_MORE), groups[1])
+    # Its answer is drawn before the first question: the order of the draws is part of the data set.
+    its_color = its_color_turn(rng, shape)
+    chats = [(count, count_more), (shape_turn(rng, shape), its_color)]
+
+    kind_pairs, kind_chats = questions_by_kind(rng, scene)
+    name_pairs, name_chats = questions_by_name(rng, scene, plain)
+    chat = QAPair("chat", rng.choice([*chats, *kind_chats, *name_chats]))
+    return [*pairs, *kind_pairs, *name_pairs, chat]
 
 
-def album_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[Exchange]:
-    """Which picture has more of something, which one holds something, how many or what is in one of them."""
-    found, more = [totals(scene) for scene in scenes], []
-    for what in rng.sample(sorted(found[0]), len(found[0])):
-        numbers = [each[what] for each in found]
-        if numbers.count(max(numbers)) == 1:
-            question = rng.choice(MORE if len(scenes) == 2 else MOST).format(what)
-            more.append((question, f"Picture {numbers.index(max(numbers)) + 1}."))
-    which = rng.randrange(len(scenes))
-    what = something(rng, scenes[which])
-    in_one = (IN_ONE.format(what, which + 1), NUMBERS[found[which][what]] + ".")
-    asked = [("compare", turn) for turn in (*more[:3], in_one)]
-    names = [
-        (shape.name, number) for number, scene in enumerate(scenes, 1) for shape in scene.shapes
-    ]
-    alone = [(name, n) for name, n in names if {m for other, m in names if other == name} == {n}]
-    for name, number in rng.sample(alone, min(2, len(alone))):
-        asked.append(("shows", (SHOWS.format(name), f"Picture {number}.")))
-    for number, scene in enumerate(scenes, 1):
-        there = ", ".join(f"a {shape.name}" for shape in scene.shapes)
-        asked.append(("inside", (INSIDE.format(number), sentence(there))))
-    return [Exchange(skill, (turn,)) for skill, turn in asked]
-
-
-def clip(
-    rng: random.Random, empty: Scene, most: int = 6
-) -> tuple[tuple[Scene, ...], list[Exchange]]:
-    """Frames in which a ball moves, or two shapes come or go one after the other; in some the light flashes.
-
-    `most` of 1: only one shape comes or goes, both first and last.
+def questions_by_kind(
+    rng: random.Random, scene: Scene
+) -> tuple[list[QAPair], list[tuple[Turn, Turn]]]:
+    """Return pairs and two-turn chats about shapes that are the only ones of their kind ("the
+    circle").
     """
-    length, grey = rng.randint(4, 8), rng.randint(140, 170)
-    empty = replace(empty, background=(grey, grey, grey))
-    moves = rng.random() < 0.5
-    frames, exchanges = (
-        moving(rng, empty, length) if moves else coming_and_going(rng, empty, length, most)
-    )
-    number = rng.randint(0, length // 2)
-    starts = sorted(rng.sample(range(length - number + 1), number))
-    flashes = [start + i for i, start in enumerate(starts)]  # so that no two are neighbours
-    for i in flashes:
-        frames[i] = replace(frames[i], background=(255, 255, 255))
-    exchanges.append(Exchange("video", ((rng.choice(FLASHES), NUMBERS[len(flashes)] + "."),)))
-    return tuple(frames), exchanges
+    candidates = only_one(scene.shapes, lambda shape: shape.kind)
+    pairs = []
+    chats = []
+    for shape in rng.sample(candidates, min(2, len(candidates))):
+        pairs.append(QAPair("color", (color_turn(rng, shape),)))
+        chats.append((color_turn(rng, shape), where_is_it_turn(rng, shape)))
+        chats.append((where_turn(rng, shape.kind, shape), its_color_turn(rng, shape)))
+    return pairs, chats
 
 
-def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], list[Exchange]]:
-    side = round(rng.uniform(0.22, 0.32) * min(empty.width, empty.height))
-    room = [edge - 2 * FRAME - 2 - side for edge in (empty.width, empty.height)]
-    begin = [
-        rng.random(),
-        rng.random(),
-    ]  # as shares of the room; along its way it passes at least 30 % of it
-    end, answer, colour, frames = list(begin), rng.choice(list(WAYS)), rng.choice(list(COLOURS)), []
-    axis, forward = WAYS[answer]
-    begin[axis], end[axis] = sorted(
-        (rng.uniform(0, 0.35), rng.uniform(0.65, 1)), reverse=not forward
-    )
-    for i in range(length):
-        shares = [a + (b - a) * i / (length - 1) for a, b in zip(begin, end, strict=True)]
-        left, top = (
-            FRAME + 1 + round(share * free) for share, free in zip(shares, room, strict=True)
-        )
-        frames.append(
-            replace(
-                empty, shapes=(Shape("circle", colour, "", (left, top, left + side, top + side)),)
-            )
-        )
-    asked = [
-        ("video", (rng.choice(MOVES), answer)),
-        ("frame", ("What colour is the ball?", sentence(colour))),
+def questions_by_name(
+    rng: random.Random, scene: Scene, plain: bool
+) -> tuple[list[QAPair], list[tuple[Turn, Turn]]]:
+    """Return pairs and two-turn chats about shapes with a unique name ("the red circle")."""
+    candidates = only_one(scene.shapes, lambda shape: shape.name)
+    pairs = []
+    chats = []
+    for shape in rng.sample(candidates, min(4, len(candidates))):
+        pairs.append(QAPair("where", (where_turn(rng, shape.name, shape),)))
+    for shape in rng.sample(candidates, min(2, len(candidates))):
+        question = rng.choice(GROUND).format(shape.name)
+        pairs.append(QAPair("ground", ((question, boxed(shape, scene)),)))
+    if len(candidates) < 2:
+        return pairs, chats
+    for first, second in [rng.sample(candidates, 2) for _ in range(3)]:
+        pairs.append(QAPair("relation", (relation_turn(rng, first, second, plain),)))
+        and_second = (f"And the {second.name}?", sentence(at(second.place)))
+        chats.append((where_turn(rng, first.name, first), and_second))
+    return pairs, chats
+
+
+# ------------------------------------------------------------------- questions about several images
+
+
+def album_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[QAPair]:
+    """Return the question-answer pairs about several images."""
+    return [
+        *compare_questions(rng, scenes),
+        *shows_questions(rng, scenes),
+        *inside_questions(scenes),
     ]
-    return frames, [Exchange(skill, (turn,)) for skill, turn in asked]
+
+
+def compare_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[QAPair]:
+    """Ask up to three times which image has the most of something, and once for a number in one
+    image.
+    """
+    counts = [totals(scene) for scene in scenes]
+    questions = MORE if len(scenes) == 2 else MOST
+    turns = []
+    for group in rng.sample(sorted(counts[0]), len(counts[0])):
+        numbers = [each[group] for each in counts]
+        if numbers.count(max(numbers)) == 1:
+            question = rng.choice(questions).format(group)
+            turns.append((question, f"Picture {numbers.index(max(numbers)) + 1}."))
+    index = rng.randrange(len(scenes))
+    group = something(rng, scenes[index])
+    in_one = (COUNT_IN_ONE.format(group, index + 1), NUMBERS[counts[index][group]] + ".")
+    return [QAPair("compare", (turn,)) for turn in (*turns[:3], in_one)]
+
+
+def shows_questions(rng: random.Random, scenes: tuple[Scene, ...]) -> list[QAPair]:
+    """Ask up to twice which image shows a shape that no other image shows."""
+    numbers_of = {}  # name → the numbers of the images that show it
+    shown = []
+    for number, scene in enumerate(scenes, 1):
+        for shape in scene.shapes:
+            numbers_of.setdefault(shape.name, set()).add(number)
+            shown.append((shape.name, number))
+    unique = [(name, number) for name, number in shown if numbers_of[name] == {number}]
+    chosen = rng.sample(unique, min(2, len(unique)))
+    return [QAPair("shows", ((SHOWS.format(name), f"Picture {n}."),)) for name, n in chosen]
+
+
+def inside_questions(scenes: tuple[Scene, ...]) -> list[QAPair]:
+    """Ask for each image what it shows."""
+    pairs = []
+    for number, scene in enumerate(scenes, 1):
+        pairs.append(QAPair("inside", ((INSIDE.format(number), sentence(names_in(scene))),)))
+    return pairs
+
+
+# ----------------------------------------------------------------------- videos and their questions
+
+
+def make_video(
+    rng: random.Random, empty: Scene, most: int = 6
+) -> tuple[tuple[Scene, ...], list[QAPair]]:
+    """Return frames in which a ball moves, or two shapes come or go in turn; in some frames the
+    background flashes.
+
+    most: with 1, only one shape comes or goes.
+    """
+    length = rng.randint(4, 8)
+    gray = rng.randint(140, 170)
+    empty = replace(empty, background=(gray, gray, gray))
+    if rng.random() < 0.5:
+        frames, pairs = moving(rng, empty, length)
+    else:
+        frames, pairs = coming_and_going(rng, empty, length, most)
+    flash_count = rng.randint(0, length // 2)
+    starts = sorted(rng.sample(range(length - flash_count + 1), flash_count))
+    for i, start in enumerate(starts):
+        flash = start + i  # so that no two flashes are adjacent
+        frames[flash] = replace(frames[flash], background=(255, 255, 255))
+    pairs.append(QAPair("video", ((rng.choice(FLASHES), NUMBERS[flash_count] + "."),)))
+    return tuple(frames), pairs
+
+
+def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], list[QAPair]]:
+    """Return frames in which a ball moves along one axis, over at least 30 % of the free space."""
+    side = round(rng.uniform(0.22, 0.32) * min(empty.width, empty.height))
+    free = (empty.width - 2 * FRAME - 2 - side, empty.height - 2 * FRAME - 2 - side)
+    start = [rng.random(), rng.random()]  # x and y, as shares of the free space
+    end = list(start)
+    direction = rng.choice(list(DIRECTIONS))
+    color = rng.choice(list(COLORS))
+    axis, grows = DIRECTIONS[direction]
+    low = rng.uniform(0, 0.35)
+    high = rng.uniform(0.65, 1)
+    start[axis] = low if grows else high
+    end[axis] = high if grows else low
+    frames = []
+    for i in range(length):
+        x, y = (a + (b - a) * i / (length - 1) for a, b in zip(start, end, strict=True))
+        left = FRAME + 1 + round(x * free[0])
+        top = FRAME + 1 + round(y * free[1])
+        ball = Shape("circle", color, "", (left, top, left + side, top + side))
+        frames.append(replace(empty, shapes=(ball,)))
+    move = QAPair("video", ((rng.choice(MOVES), direction),))
+    return frames, [move, QAPair("frame", ((BALL_COLOR, sentence(color)),))]
 
 
 def coming_and_going(
     rng: random.Random, empty: Scene, length: int, most: int
-) -> tuple[list[Scene], list[Exchange]]:
-    pair = ()
-    while len({shape.name for shape in pair}) < 2:
-        pair = with_shapes(rng, empty, 2).shapes
-    times = (0, 0)
-    while times[1] - times[0] < 2:
-        times = sorted(rng.sample(range(1, length), 2))
-    events = list(
-        zip(rng.sample(pair, 2), times, rng.choices(("appears", "disappears"), k=2), strict=True)
-    )
-    events, frames = events[:most], []
+) -> tuple[list[Scene], list[QAPair]]:
+    """Return frames in which two shapes appear or disappear, at least two frames apart; with `most`
+    1 only one.
+    """
+    shapes = two_different_shapes(rng, empty)
+    times = two_distant_frames(rng, length)
+    shapes = rng.sample(shapes, 2)
+    verbs = rng.choices(("appears", "disappears"), k=2)
+    events = list(zip(shapes, times, verbs, strict=True))[:most]
+    frames = []
     for i in range(length):
-        shapes = [shape for shape, when, what in events if (i >= when) == (what == "appears")]
-        frames.append(replace(empty, shapes=tuple(shapes)))
-    first, *_, last = (f"The {shape.name} {what}." for shape, _, what in (events[0], *events))
-    seen = [
-        ", ".join(f"a {shape.name}" for shape in frame.shapes) or "nothing"
-        for frame in (frames[0], frames[-1])
+        visible = []
+        for shape, time, verb in events:
+            if (i >= time) == (verb == "appears"):
+                visible.append(shape)
+        frames.append(replace(empty, shapes=tuple(visible)))
+    event_sentences = [f"The {shape.name} {verb}." for shape, _, verb in events]
+    beginning = sentence(names_in(frames[0]) or "nothing")
+    end = sentence(names_in(frames[-1]) or "nothing")
+    return frames, [
+        QAPair("video", ((rng.choice(FIRST), event_sentences[0]),)),
+        QAPair("video", ((rng.choice(LAST), event_sentences[-1]),)),
+        QAPair("frame", ((BEGINNING, beginning),)),
+        QAPair("frame", ((END, end),)),
     ]
-    asked = [("video", (rng.choice(FIRST), first)), ("video", (rng.choice(LAST), last))]
-    asked += [
-        ("frame", (question, sentence(shapes)))
-        for question, shapes in zip((BEGIN, END), seen, strict=True)
-    ]
-    return frames, [Exchange(skill, (turn,)) for skill, turn in asked]
 
 
-def lesson(
+def two_different_shapes(rng: random.Random, empty: Scene) -> tuple[Shape, ...]:
+    while True:
+        shapes = with_shapes(rng, empty, 2).shapes
+        if len({shape.name for shape in shapes}) == 2:
+            return shapes
+
+
+def two_distant_frames(rng: random.Random, length: int) -> list[int]:
+    """Return the indices of two frames, neither the first, that are at least two apart."""
+    while True:
+        first, second = sorted(rng.sample(range(1, length), 2))
+        if second - first >= 2:
+            return [first, second]
+
+
+# ------------------------------------------------------------------------ samples and conversations
+
+
+def make_sample(
     topic: str, seed: int, cells: tuple[int, int] | None = None, stage: int = WHOLE, most: int = 6
-) -> Lesson:
-    """The lesson of a topic and a seed; the exchanges are in random order.
+) -> Sample:
+    """Return the sample of a topic and a seed; its question-answer pairs are in random order.
 
-    `cells` (rows, columns), `stage` and `most` are set by training only: pictures that the processor resizes to
-    exactly that many 28-pixel cells, so that all of a batch have one shape, and simpler ones with fewer shapes at the
-    start.
+    Only training sets the others. cells: (rows, columns) of the images after resizing, so that all
+    images of a batch have one size. stage: START, SMALL or WHOLE. most: the largest number of
+    shapes in an image.
     """
     rng = random.Random(f"{topic} {seed}")
-
-    def empty() -> Scene:
-        return canvas(rng, topic, cells, stage)
-
     if topic == "clip":
-        scenes, exchanges = clip(rng, empty(), most)
+        scenes, pairs = make_video(rng, canvas(rng, topic, cells, stage), most)
     elif topic == "album":
-        scenes = tuple(with_shapes(rng, empty(), most) for _ in range(rng.randint(2, 3)))
-        exchanges = album_questions(rng, scenes)
-    elif topic == "words":
-        spaced = 0.25 if stage == WHOLE else 0.5
-        scenes = (
-            with_first_letters(rng, empty())
-            if stage == START
-            else with_lines(rng, empty(), spaced),
+        count = rng.randint(2, 3)
+        scenes = tuple(
+            with_shapes(rng, canvas(rng, topic, cells, stage), most) for _ in range(count)
         )
-        # At the start always the same question: each letter is said at the same distance from its token.
+        pairs = album_questions(rng, scenes)
+    elif topic == "words":
+        scenes = (printed_scene(rng, cells, stage),)
+        # At the start there is one question, so that each letter is at the same distance from its
+        # token.
         question = READ[0] if stage == START else rng.choice(READ)
-        exchanges = [
-            Exchange("read", ((question, " ".join(line.text for line in scenes[0].lines)),))
-        ]
+        text = " ".join(line.text for line in scenes[0].lines)
+        pairs = [QAPair("read", ((question, text),))]
     else:
-        scenes = (with_shapes(rng, empty(), most, few_larger=stage != START),)
-        exchanges = shapes_questions(rng, scenes[0], plain=stage == START)
-    rng.shuffle(exchanges)
-    return Lesson(topic, scenes, tuple(exchanges))
+        empty = canvas(rng, topic, cells, stage)
+        scenes = (with_shapes(rng, empty, most, few_larger=stage != START),)
+        pairs = shapes_questions(rng, scenes[0], plain=stage == START)
+    rng.shuffle(pairs)
+    return Sample(topic, scenes, tuple(pairs))
+
+
+def printed_scene(rng: random.Random, cells: tuple[int, int] | None, stage: int) -> Scene:
+    empty = canvas(rng, "words", cells, stage)
+    if stage == START:
+        return with_first_letters(rng, empty)
+    return with_lines(rng, empty, spaced=0.25 if stage == WHOLE else 0.5)
 
 
 def scene(seed: int, cells: tuple[int, int] | None = None, most: int = 6) -> Scene:
-    """The picture of a lesson about shapes."""
-    return lesson("shapes", seed, cells, most=most).scenes[0]
+    """Return the scene of a sample of the topic "shapes"."""
+    return make_sample("shapes", seed, cells, most=most).scenes[0]
 
 
-def messages(lesson: Lesson, exchanges: list[Exchange]) -> list[dict]:
-    """The conversation: what there is to see stands before the first question."""
-    pictures = [draw(scene) for scene in lesson.scenes]
-    seen = [{"type": "image", "image": picture} for picture in pictures]
-    if lesson.topic == "clip":
-        seen = [
-            {"type": "video", "video": pictures, "min_pixels": 56 * 56, "max_pixels": 336 * 224}
-        ]
-    said = []
-    for question, answer in (turn for exchange in exchanges for turn in exchange.turns):
-        said.append({"role": "user", "content": [*seen, {"type": "text", "text": question}]})
-        said.append({"role": "assistant", "content": answer})
-        seen = []
-    return said
+def to_conversation(sample: Sample, qa_pairs: list[QAPair]) -> list[dict]:
+    """Return the messages of a conversation; the images or the video precede the first question."""
+    images = [draw(scene) for scene in sample.scenes]
+    if sample.topic == "clip":
+        video = {"type": "video", "video": images, "min_pixels": 56**2, "max_pixels": 336 * 224}
+        media = [video]
+    else:
+        media = [{"type": "image", "image": image} for image in images]
+    messages = []
+    for pair in qa_pairs:
+        for question, answer in pair.turns:
+            content = [{"type": "text", "text": question}]
+            if not messages:
+                content = media + content
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": answer})
+    return messages
 
 
-# name: evaluation seed, above those that the score is taken on
-EXAMPLES = {
+# ----------------------------------------------------------------------------------------- examples
+
+EXAMPLES = {  # file name → evaluation seed, above those that the score uses
     "shapes.png": 89095,
     "wide.png": 10943,
     "tall.png": 13446,
     "square.png": 24796,
     "small.png": 10004,
 }
-CLIP = "crossing.mp4"
+EXAMPLE_VIDEO = "crossing.mp4"
 
 
 def crossing(frames: int = 24) -> list[Image.Image]:
-    """A red ball goes from the left to the right."""
+    """Return frames in which a red ball moves from the left to the right."""
     empty = Scene(112, 84, (155, 155, 155))
-    lefts = [round(6 + i / (frames - 1) * (112 - 12 - 26)) for i in range(frames)]
-    return [
-        draw(replace(empty, shapes=(Shape("circle", "red", "", (x, 28, x + 26, 54)),)))
-        for x in lefts
-    ]
+    images = []
+    for i in range(frames):
+        left = round(6 + i / (frames - 1) * (112 - 12 - 26))
+        ball = Shape("circle", "red", "", (left, 28, left + 26, 54))
+        images.append(draw(replace(empty, shapes=(ball,))))
+    return images
 
 
-def main(argv=None) -> int:
+def write_video(frames: list[Image.Image], path: Path) -> None:
+    """Write frames as H.264 at 6 frames per second."""
     import av  # training does without it
 
-    parser = argparse.ArgumentParser(description="Write the example pictures and the example clip.")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=6, options={"crf": "18"})
+        stream.width, stream.height = frames[0].size
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the example images and the example video.")
     parser.add_argument("--folder", type=Path, default=Path("examples"))
     folder = parser.parse_args(argv).folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -634,14 +871,10 @@ def main(argv=None) -> int:
         example = scene(seed)
         draw(example).save(folder / name)
         print(f"{folder / name}  {example.width}x{example.height}  {describe(example)}")
-    with av.open(str(folder / CLIP), "w") as film:
-        stream = film.add_stream("libx264", rate=6, options={"crf": "18"})
-        pictures = crossing()
-        (stream.width, stream.height), stream.pix_fmt = pictures[0].size, "yuv420p"
-        for picture in pictures:
-            film.mux(stream.encode(av.VideoFrame.from_image(picture)))
-        film.mux(stream.encode())
-    print(f"{folder / CLIP}  {stream.width}x{stream.height}  {crossing.__doc__}")
+    frames = crossing()
+    write_video(frames, folder / EXAMPLE_VIDEO)
+    width, height = frames[0].size
+    print(f"{folder / EXAMPLE_VIDEO}  {width}x{height}  {len(frames)} frames: a red ball crosses")
     return 0
 
 

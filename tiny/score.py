@@ -1,118 +1,153 @@
-"""Asks the bundled model what it has learned: `python -m tiny.score`, or with a folder that is being trained.
+"""Score the bundled model by skill: `python -m tiny.score`, also during a training.
 
-Each question is asked in a conversation of its own, about a picture or clip with a seed that training never uses.
-Decoding is greedy, the weights are those of the folder in bf16, so the same comes out every time. An answer counts
-when it is right to the letter; for `ground` the mean IoU counts, the area that the two boxes share over the area that
-they cover together. Of two questions in a row the second counts, after what the model itself said to the first.
+Each question is asked in a conversation of its own, about an image or a video whose seed training
+never uses. Decoding is greedy and the weights are the checkpoint's in bfloat16, so the score is
+reproducible. An answer counts if it is exactly right. For `ground` the mean IoU counts: the area
+that two boxes share, over the area that they cover together. Of two questions in a row (`chat`) the
+second counts, after the model's own answer to the first.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from extras.boxes import find_boxes
 from generate import generate
 from load_weights import load_model
-from preprocess import Processor
+from preprocess import ImageConfig, Processor
 from qwen2vl import Qwen2VL
-from tiny.scenes import SKILLS, Exchange, Lesson, lesson, messages
+from tiny.scenes import SKILLS, QAPair, Sample, make_sample, to_conversation
+from tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
-
-def processor_for(folder: Path) -> Processor:
-    """Return the processor of a checkpoint directory."""
-    return Processor.from_pretrained(folder)
+Question = tuple[Sample, QAPair]
 
 
-def questions(skill: str, count: int, skip: int = 0) -> list[tuple[Lesson, Exchange]]:
-    """The first `count` evaluation lessons after `skip` others in which the skill is asked for, with one exchange."""
-    [topic], found, seed = [topic for topic, skills in SKILLS.items() if skill in skills], [], 0
-    while len(found) < skip + count:
-        one = lesson(topic, seed)
-        found += [(one, exchange) for exchange in one.exchanges if exchange.skill == skill][:1]
-        seed += 1
-    return found[skip:]
+@dataclass(frozen=True)
+class Exam:
+    """The questions of a score, and how they are presented; ablations use other ones."""
+
+    skills: tuple[str, ...] = tuple(skill for skills in SKILLS.values() for skill in skills)
+    make_sample: Callable[[str, int], Sample] = make_sample
+    to_messages: Callable[[Sample, list[QAPair]], list[dict]] = to_conversation
+
+    def questions(self, skill: str, count: int, skip: int = 0) -> list[Question]:
+        """Return `count` questions of a skill after `skip` others, one of each sample."""
+        [topic] = [topic for topic, skills in SKILLS.items() if skill in skills]
+        selected = []
+        seed = 0
+        while len(selected) < skip + count:
+            sample = self.make_sample(topic, seed)
+            pairs = [pair for pair in sample.qa_pairs if pair.skill == skill]
+            if pairs:
+                selected.append((sample, pairs[0]))
+            seed += 1
+        return selected[skip:]
+
+    def ask(self, model: Qwen2VL, processor: Processor, questions: list[Question]) -> list[str]:
+        """Return the model's responses to the last question of each pair, as one batch."""
+        vision_id = questions[0][0].topic == "album"
+        conversations = [self.to_messages(sample, [pair]) for sample, pair in questions]
+        responses = [""] * len(questions)
+        for turn in range(max(len(pair.turns) for _, pair in questions)):
+            active = [i for i, (_, pair) in enumerate(questions) if turn < len(pair.turns)]
+            prompts = [conversations[i][: 2 * turn + 1] for i in active]
+            batch = processor(prompts, add_vision_id=vision_id)
+            outputs = generate(model, batch, 100)
+            for i, ids in zip(active, outputs, strict=True):
+                text = processor.tokenizer.decode(ids, skip_special_tokens=False)
+                responses[i] = text.split("<|im_end|>")[0]
+                conversations[i][2 * turn + 1]["content"] = responses[i]
+        return responses
 
 
-def overlap(said: str, answer: str) -> float:
-    """The IoU of the first boxes in two answers; 0 where there is none to read."""
-    boxes = [find_boxes(text)[:1] for text in (said, answer)]
-    if not all(boxes):
+def overlap(response: str, answer: str) -> float:
+    """Return the IoU of the first boxes in two texts; 0 if one has none."""
+    response_boxes = find_boxes(response)
+    answer_boxes = find_boxes(answer)
+    if not response_boxes or not answer_boxes:
         return 0.0
-    [(_, a, b, c, d)], [(_, e, f, g, h)] = boxes
-    shared = max(0, min(c, g) - max(a, e)) * max(0, min(d, h) - max(b, f))
-    return shared / max(1, (c - a) * (d - b) + (g - e) * (h - f) - shared)
-
-
-def ask(model: Qwen2VL, processor: Processor, items: list[tuple[Lesson, Exchange]]) -> list[str]:
-    """What the model says to the last question of each exchange."""
-    talks, said = [messages(one, [exchange]) for one, exchange in items], [""] * len(items)
-    vision_id = items[0][0].topic == "album"
-    for turn in (0, 1):
-        rows = [i for i, (_, exchange) in enumerate(items) if turn < len(exchange.turns)]
-        if not rows:
-            break
-        batch = processor([talks[i][: 2 * turn + 1] for i in rows], add_vision_id=vision_id)
-        for i, reply in zip(rows, generate(model, batch, 100), strict=True):
-            said[i] = processor.tokenizer.decode(reply, skip_special_tokens=False).split(
-                "<|im_end|>"
-            )[0]
-            talks[i][2 * turn + 1]["content"] = said[i]
-    return said
+    _, left_a, top_a, right_a, bottom_a = response_boxes[0]
+    _, left_b, top_b, right_b, bottom_b = answer_boxes[0]
+    width = max(0, min(right_a, right_b) - max(left_a, left_b))
+    height = max(0, min(bottom_a, bottom_b) - max(top_a, top_b))
+    shared = width * height
+    area_a = (right_a - left_a) * (bottom_a - top_a)
+    area_b = (right_b - left_b) * (bottom_b - top_b)
+    return shared / max(1, area_a + area_b - shared)
 
 
 def score(
-    folder: Path,
+    model: Qwen2VL,
+    processor: Processor,
     count: int,
-    size: int = 50,
+    batch_size: int = 50,
     *,
     skip: int = 0,
     show_wrong: int = 0,
-    quantize: str | None = None,
+    exam: Exam | None = None,
 ) -> dict[str, float]:
-    """The share of the points of each skill, over `count` questions after `skip`; `size` conversations at a time."""
-    model, processor, results = load_model(folder, quantize=quantize), processor_for(folder), {}
-    for skill in [skill for skills in SKILLS.values() for skill in skills]:
-        items, points, wrong = questions(skill, count, skip), 0.0, show_wrong
-        for i in range(0, count, size):
-            for (_, exchange), said in zip(
-                items[i : i + size], ask(model, processor, items[i : i + size]), strict=True
-            ):
-                question, answer = exchange.turns[-1]
-                points += overlap(said, answer) if skill == "ground" else said == answer
-                if said != answer and wrong > 0:
-                    wrong -= 1
-                    print(f"{skill}: {question} {answer} but it said: {said}", file=sys.stderr)
+    """Return skill → share of the points, over `count` questions of each skill after `skip` others.
+
+    show_wrong: print so many wrong responses of each skill to stderr.
+    """
+    exam = exam or Exam()
+    results = {}
+    for skill in exam.skills:
+        questions = exam.questions(skill, count, skip)
+        responses = []
+        for i in range(0, count, batch_size):
+            responses += exam.ask(model, processor, questions[i : i + batch_size])
+        points = 0.0
+        wrong = []
+        for (_, pair), response in zip(questions, responses, strict=True):
+            question, answer = pair.turns[-1]
+            points += overlap(response, answer) if skill == "ground" else response == answer
+            if response != answer:
+                wrong.append(f"{skill}: {question} expected {answer} got {response}")
+        for line in wrong[:show_wrong]:
+            print(line, file=sys.stderr)
         results[skill] = points / count
     return results
 
 
-def table(folder: Path, count: int, **options) -> str:
-    """The score, with its options, as Markdown."""
-    rows = [
-        f"| {skill} | {100 * share:.1f} % |"
-        for skill, share in score(folder, count, **options).items()
-    ]
-    return "\n".join([f"| skill | of {count} |", "|---|---|", *rows])
+def table(folder: Path, count: int, quantize: str | None = None, **options: int) -> str:
+    """Return the score of a checkpoint, with the options of `score`, as a Markdown table."""
+    model = load_model(folder, quantize=quantize)
+    shares = score(model, load_processor(folder), count, **options)
+    lines = [f"| skill | of {count} |", "|---|---|"]
+    for skill, share in shares.items():
+        lines.append(f"| {skill} | {100 * share:.1f} % |")
+    return "\n".join(lines)
 
 
-def main(argv=None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Score a trained model by skill.")
-    parser.add_argument("folder", type=Path, nargs="?", default=CHECKPOINT)
-    parser.add_argument("--items", type=int, default=1000, help="questions of each skill")
-    parser.add_argument(
-        "--skip", type=int, default=0, metavar="N", help="take other questions: not the first N"
+    add = parser.add_argument
+    add("folder", type=Path, nargs="?", default=CHECKPOINT)
+    add("--items", type=int, default=1000, help="questions of each skill")
+    add("--skip", type=int, default=0, metavar="N", help="take other questions: not the first N")
+    add(
+        "--show-wrong",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N wrong responses of each skill",
     )
-    parser.add_argument(
-        "--show-wrong", type=int, default=0, metavar="N", help="print N wrong answers of each skill"
-    )
-    parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="the decoder's weights in so many bits"
-    )
+    add("--quantize", choices=("int8", "int4"), help="quantize the decoder's weights")
     args = parser.parse_args(argv)
-    options = {"skip": args.skip, "show_wrong": args.show_wrong, "quantize": args.quantize}
-    print(table(args.folder, args.items, **options))
+    print(
+        table(
+            args.folder,
+            args.items,
+            quantize=args.quantize,
+            skip=args.skip,
+            show_wrong=args.show_wrong,
+        )
+    )
     return 0
 
 
