@@ -1,10 +1,11 @@
-"""What is measured: random checkpoints of the model's shapes, the same inputs for both sides, and the work in them.
+"""The inputs of the benchmarks: random checkpoints of the model's shapes, tasks, and their work.
 
-Random weights are as slow as trained ones, and need no download. The text they make means nothing, so it is the
-logits of both sides that are compared.
+Random weights are as slow as trained ones and need no download. The text they generate means
+nothing, so the logits of both sides are compared.
 
-Letters as in `qwen2vl.py`: B rows, S tokens of a row, K tokens that a step reads, C, E, H, G, D, V, N, T. A task is
-what one call does: {"rows": the parts of each row, see `make_batch`, "new_tokens": how many are made}.
+Letters as in `qwen2vl.py`: B sequences, S tokens of a sequence, K tokens that a step reads, C, E,
+H, G, D, V, N, T. A task is what one call does: {"rows": the parts of each sequence, see
+`make_batch`, "new_tokens": how many are generated}.
 """
 
 from __future__ import annotations
@@ -14,22 +15,32 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from preprocess import Batch
-    from qwen2vl import Config
+import numpy as np
+import torch
+
+from benchmarks.protocol import PROMPT
+from load_weights import save_model
+from preprocess import Batch
+from qwen2vl import Config, KVCache, Qwen2VL, VisionConfig
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The decoder and the vision tower of Qwen2-VL-2B, as its config.json has them.
+# The decoder and the vision encoder of Qwen2-VL-2B, as in its config.json.
 CONFIG_2B = {
-    "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 VISION_2B = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "hidden_size": 1536}
-# "thin": layers of the 2B model's widths, but few of them: cost grows with tokens as in the whole.
+# "thin": a few layers of the 2B model's widths. Cost grows with tokens as in the whole model.
 SHAPES = {
     "2b": (CONFIG_2B, VISION_2B),
     "thin": (CONFIG_2B | {"num_hidden_layers": 4}, VISION_2B | {"depth": 4}),
@@ -38,40 +49,33 @@ SHAPES = {
 
 
 def model_config(shapes: str) -> Config:
-    """The configuration of a random checkpoint: "2b" or "thin"."""
-    from qwen2vl import Config, VisionConfig
-
+    """Return the configuration of a random checkpoint: "2b" or "thin"."""
     text, vision = SHAPES[shapes]
     return Config(**text, vision_config=VisionConfig(**vision))
 
 
 def cache_folder() -> Path:
-    """Where large files are kept between runs, in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen2-vl-benchmarks"
+    """Return the directory in the user's cache that keeps large files between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "qwen2-vl-benchmarks"
 
 
 def find_checkpoint(shapes: str) -> Path:
-    """The checkpoint folder of these shapes, made on first use in the user's cache folder (2b: 4.4 GB)."""
+    """Return the checkpoint directory of these shapes; it is made on first use (2b: 4.4 GB)."""
     if SHAPES[shapes] is None:
         return ROOT / "tiny" / "checkpoint"
     folder = cache_folder() / f"random-{shapes}"
     if not folder.is_dir():
         print(f"making a random checkpoint once: {folder}", file=sys.stderr, flush=True)
-        unfinished = folder.with_name(
-            f"{folder.name}-{os.getpid()}"
-        )  # a stop must not leave half a checkpoint
+        # A stop must not leave half a checkpoint.
+        unfinished = folder.with_name(f"{folder.name}-{os.getpid()}")
         make_checkpoint(model_config(shapes), unfinished)
         unfinished.rename(folder)
     return folder
 
 
 def make_checkpoint(config: Config, folder: Path) -> None:
-    """Random bfloat16 weights that keep activations of order one, with the published vocabulary, in hub layout."""
-    import torch
-
-    from load_weights import save_model
-    from qwen2vl import Qwen2VL
-
+    """Write random bfloat16 weights that keep activations of order one, and a tokenizer."""
     with torch.device("meta"):
         model = Qwen2VL(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -81,8 +85,10 @@ def make_checkpoint(config: Config, folder: Path) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:  # biases, and the weights of norms
-                parameter.normal_(mean=0.0 if name.endswith("bias") else 1.0, std=0.2)
+            elif name.endswith("bias"):
+                parameter.normal_(mean=0.0, std=0.2)
+            else:  # the weight of a norm
+                parameter.normal_(mean=1.0, std=0.2)
     save_model(model, folder)
     sys.path.append(str(ROOT / "tests"))
     from real_vocabulary import build_tokenizer
@@ -91,186 +97,204 @@ def make_checkpoint(config: Config, folder: Path) -> None:
     shutil.copy(ROOT / "tiny" / "checkpoint" / "preprocessor_config.json", folder)
 
 
-# ------------------------------------------------------------------------------------------------------- inputs
-def tasks(shapes: str) -> dict[str, dict]:
-    """The questions that are measured. A picture of 736 tokens among 32 of text; short texts side by side; a film;
-    and as many words as the picture's prompt has tokens, which is what llama.cpp is asked."""
-    if shapes == "tiny":
-        # A trained model is asked what it knows: after random words what it says turns on the smallest rounding.
-        from benchmarks.workers import PROMPT
-        from tokenizer import Tokenizer
+# ------------------------------------------------------------------------------------------- inputs
 
-        tokenizer, (before, after) = (
-            Tokenizer.from_pretrained(find_checkpoint("tiny")),
-            PROMPT.split("{}"),
-        )
-        before, after = (
-            ("ids", *tokenizer.encode(text)) for text in (before, "Describe the image." + after)
-        )
-        picture = ("image", 1, 4, 6)
-        row = [before, picture, after]
-        sizes = {"picture": picture, "video": ("video", 2, 4, 4), "row": row, "rows": 2, "new": 4}
-    else:
-        before, after = 10, 20
-        # 16 frames are 8 slices, here of 336×224 pixels: as many tokens as the picture has, about.
-        sizes = {
-            "picture": ("image", 1, 23, 32),
-            "video": ("video", 8, 8, 12),
-            "row": [96],
-            "rows": 8,
-            "new": 32,
-        }
+
+def tasks(shapes: str) -> dict[str, dict]:
+    """Return the tasks: an image, a batch of short texts, a video, and text for llama.cpp.
+
+    The image has 736 tokens among 32 of text, and llama.cpp gets as many tokens of text.
+    """
+    if shapes == "tiny":
+        return tiny_tasks()
+    image = ("image", 1, 23, 32)
+    video = ("video", 8, 8, 12)  # 16 frames of 336×224 pixels: 8 slices, about as many tokens
     return {
-        # The first new token comes with the prefill.
-        "picture": {"rows": [[before, sizes["picture"], after]], "new_tokens": sizes["new"] + 1},
-        "batch": {"rows": [sizes["row"]] * sizes["rows"], "new_tokens": sizes["new"] + 1},
-        "video": {"rows": [[before, sizes["video"], after]], "new_tokens": 1},
-        "llama": {"rows": [[32 + math.prod(sizes["picture"][1:])]], "new_tokens": sizes["new"] + 1},
+        # The first new token is that of the prefill.
+        "picture": {"rows": [[10, image, 20]], "new_tokens": 33},
+        "batch": {"rows": [[96]] * 8, "new_tokens": 33},
+        "video": {"rows": [[10, video, 20]], "new_tokens": 1},
+        "llama": {"rows": [[32 + 23 * 32]], "new_tokens": 33},
     }
 
 
-def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
-    """Random inputs, the same for both sides. A part of a row is a number (that many tokens of text), tokens of text,
-    ("ids", the first, the second, ...), or a picture or clip, ("image" or "video", slices in time, height, width in
-    tokens), which also has a token before and after it.
+def tiny_tasks() -> dict[str, dict]:
+    """Return small tasks with the question that the bundled model was trained to answer.
 
-    All rows must come out equally long: padding is a matter of its own.
+    After random tokens the answer of a trained model depends on the smallest rounding.
     """
-    import numpy as np
+    tokenizer = Tokenizer.from_pretrained(find_checkpoint("tiny"))
+    before, after = PROMPT.split("{}")
+    before = ("ids", *tokenizer.encode(before))
+    after = ("ids", *tokenizer.encode("Describe the image." + after))
+    image = ("image", 1, 4, 6)
+    video = ("video", 2, 4, 4)
+    return {
+        "picture": {"rows": [[before, image, after]], "new_tokens": 5},
+        "batch": {"rows": [[before, image, after]] * 2, "new_tokens": 5},
+        "video": {"rows": [[before, video, after]], "new_tokens": 1},
+        "llama": {"rows": [[32 + 4 * 6]], "new_tokens": 5},
+    }
 
-    from preprocess import Batch
 
-    pick, vision = np.random.default_rng(seed), config.vision_config
-    merge, columns = (
-        vision.spatial_merge_size,
-        vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-    )
-    words = min(
-        config.vision_start_token_id,
-        config.image_token_id,
-        config.bos_token_id or config.vocab_size,
-    )
-    ids, grids, pixels = [], {"image": [], "video": []}, {"image": [], "video": []}
-    for row in rows:
-        ids.append([])
-        for part in row:
-            if isinstance(part, int):
-                ids[-1] += pick.integers(words, size=part).tolist()
-                continue
-            if part[0] == "ids":
-                ids[-1] += part[1:]
-                continue
-            kind, t, h, w = part
-            placeholder = config.image_token_id if kind == "image" else config.video_token_id
-            ids[-1] += [
-                config.vision_start_token_id,
-                *[placeholder] * (t * h * w),
-                config.vision_end_token_id,
-            ]
-            grids[kind].append((t, h * merge, w * merge))
-            pixels[kind].append(
-                pick.normal(size=(t * h * w * merge**2, columns)).astype(np.float32)
-            )
-    if len({len(row) for row in ids}) != 1:
-        raise ValueError(
-            f"the rows of a task must be equally long, these have {[len(row) for row in ids]} tokens"
+class BatchBuilder:
+    """Random inputs, drawn part by part."""
+
+    def __init__(self, config: Config, seed: int):
+        self.config = config
+        self.rng = np.random.default_rng(seed)
+        self.grids = {"image": [], "video": []}
+        self.pixels = {"image": [], "video": []}
+        vision = config.vision_config
+        self.merge = vision.spatial_merge_size
+        self.columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        # Ordinary tokens have ids below those of all special tokens.
+        self.ordinary_ids = min(
+            config.vision_start_token_id,
+            config.image_token_id,
+            config.bos_token_id or config.vocab_size,
         )
-    batch = Batch(
-        input_ids=np.array(ids), attention_mask=np.ones((len(ids), len(ids[0])), dtype=np.int64)
-    )
-    if grids["image"]:
-        batch.pixel_values, batch.image_grid_thw = (
-            np.concatenate(pixels["image"]),
-            np.array(grids["image"]),
-        )
-    if grids["video"]:
-        batch.pixel_values_videos, batch.video_grid_thw = (
-            np.concatenate(pixels["video"]),
-            np.array(grids["video"]),
-        )
+
+    def ids(self, part: int | tuple) -> list[int]:
+        """Return the token ids of a part; the patches of an image or a video are kept."""
+        if isinstance(part, int):
+            return self.rng.integers(self.ordinary_ids, size=part).tolist()
+        if part[0] == "ids":
+            return list(part[1:])
+        kind, t, h, w = part
+        self.grids[kind].append((t, h * self.merge, w * self.merge))
+        patches = self.rng.normal(size=(t * h * w * self.merge**2, self.columns))
+        self.pixels[kind].append(patches.astype(np.float32))
+        config = self.config
+        pad = config.image_token_id if kind == "image" else config.video_token_id
+        return [config.vision_start_token_id, *[pad] * (t * h * w), config.vision_end_token_id]
+
+
+def make_batch(config: Config, rows: list[list], seed: int = 0) -> Batch:
+    """Return random inputs, the same for all sides.
+
+    A part of a sequence is a number (of random text tokens), ("ids", first, second, ...), or an
+    image or a video: ("image" or "video", temporal slices, height, width in tokens), which also has
+    a token before and after it. Raises ValueError if the sequences differ in length: padding is not
+    measured.
+    """
+    builder = BatchBuilder(config, seed)
+    sequences = []
+    for parts in rows:
+        sequences.append([token for part in parts for token in builder.ids(part)])
+    lengths = [len(ids) for ids in sequences]
+    if len(set(lengths)) != 1:
+        raise ValueError(f"expected sequences of equal length, got {lengths} tokens")
+    input_ids = np.array(sequences)
+    batch = Batch(input_ids=input_ids, attention_mask=np.ones_like(input_ids, dtype=np.int64))
+    if builder.grids["image"]:
+        batch.pixel_values = np.concatenate(builder.pixels["image"])
+        batch.image_grid_thw = np.array(builder.grids["image"])
+    if builder.grids["video"]:
+        batch.pixel_values_videos = np.concatenate(builder.pixels["video"])
+        batch.video_grid_thw = np.array(builder.grids["video"])
     return batch
 
 
-def part_size(part) -> int:
-    """Tokens of a part of a row."""
+def part_size(part: int | tuple) -> int:
+    """Return the number of tokens of a part of a sequence."""
     if isinstance(part, int):
         return part
-    return len(part) - 1 if part[0] == "ids" else math.prod(part[1:]) + 2
+    if part[0] == "ids":
+        return len(part) - 1
+    return math.prod(part[1:]) + 2
 
 
-# ----------------------------------------------------------------------------------------------------- the work
-# What cannot be avoided: multiplications and additions of the products and of attention (a causal one only where it
-# looks), and bytes of weights and cache that have to be read. Norms, rope and activations are not counted.
+# --------------------------------------------------------------------------------------------- work
+# What no implementation can avoid: multiplications and additions of the matmuls and of attention (a
+# causal one only where it attends), and bytes of weights and cache that have to be read. Norms,
+# RoPE and activations are not counted.
+
+
 def task_size(task: dict) -> tuple[int, int, list[tuple]]:
-    """B, S and the pictures and clips [(slices, height, width in tokens)] of a task."""
-    parts = [part for row in task["rows"] for part in row if not isinstance(part, int)]
-    media = [part[1:] for part in parts if part[0] != "ids"]
-    return len(task["rows"]), sum(map(part_size, task["rows"][0])), media
+    """Return B, S and the images and videos [(slices, height, width in tokens)] of a task."""
+    media = []
+    for parts in task["rows"]:
+        for part in parts:
+            if not isinstance(part, int) and part[0] != "ids":
+                media.append(part[1:])
+    return len(task["rows"]), sum(part_size(part) for part in task["rows"][0]), media
 
 
 def vision_work(config: Config, media: list[tuple], itemsize: float) -> tuple[float, float]:
-    """FLOP and bytes of the vision tower."""
-    vision, merged = config.vision_config, config.vision_config.spatial_merge_size**2
-    E, inner = vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio)
+    """Return FLOP and bytes of the vision encoder."""
+    vision = config.vision_config
+    merged = vision.spatial_merge_size**2
+    E = vision.embed_dim
+    inner = int(E * vision.mlp_ratio)
     T = sum(math.prod(grid) for grid in media)
-    columns = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    block, merger = 4 * E**2 + 2 * E * inner, (merged * E) ** 2 + merged * E * vision.hidden_size
-    attention = sum(4 * E * t * (h * w * merged) ** 2 for t, h, w in media)
-    flop = (
-        2 * T * merged * (columns * E + vision.depth * block)
-        + 2 * T * merger
-        + vision.depth * attention
-    )
-    return flop, itemsize * (columns * E + vision.depth * block + merger)
+    N = T * merged
+    patch_embed = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2 * E
+    blocks = vision.depth * (4 * E**2 + 2 * E * inner)
+    merger = (merged * E) ** 2 + merged * E * vision.hidden_size
+    attention = vision.depth * sum(4 * E * t * (h * w * merged) ** 2 for t, h, w in media)
+    flop = 2 * N * (patch_embed + blocks) + 2 * T * merger + attention
+    return flop, itemsize * (patch_embed + blocks + merger)
 
 
 def decoder_work(
     config: Config, rows: int, new: int, cached: int, itemsize: float
 ) -> tuple[float, float]:
-    """FLOP and bytes of the decoder for `new` tokens a row behind `cached` ones, with the scores of the last.
+    """Return FLOP and bytes of the decoder for `new` tokens per sequence behind `cached` ones.
 
-    itemsize: bytes of a weight, and, if they are two at least, of a cached number: the cache is never quantised.
+    Logits are computed for the last token only. itemsize: bytes of a weight, and, if at least two,
+    of a cached number: the cache is never quantized.
     """
-    C, shared = config.hidden_size, config.num_key_value_heads * config.head_dim
-    layer = 2 * C**2 + 2 * C * shared + 3 * C * config.intermediate_size
-    looks = new * cached + new * (new + 1) / 2
-    weights = config.num_hidden_layers * layer + C * config.vocab_size
-    flop = 2 * rows * (new * config.num_hidden_layers * layer + C * config.vocab_size)
-    flop += config.num_hidden_layers * 4 * C * rows * looks
-    return flop, itemsize * weights + max(
-        itemsize, 2
-    ) * config.num_hidden_layers * 2 * rows * cached * shared
+    C = config.hidden_size
+    L = config.num_hidden_layers
+    kv_width = config.num_key_value_heads * config.head_dim
+    layer = 2 * C**2 + 2 * C * kv_width + 3 * C * config.intermediate_size
+    lm_head = C * config.vocab_size
+    attended = new * cached + new * (new + 1) / 2  # query-key pairs of a sequence
+    flop = 2 * rows * (new * L * layer + lm_head) + L * 4 * C * rows * attended
+    cache = L * 2 * rows * cached * kv_width
+    return flop, itemsize * (L * layer + lm_head) + max(itemsize, 2) * cache
 
 
 def products(config: Config, task: dict) -> dict[str, list[tuple[int, int, int, int]]]:
-    """(how often, N, in, out) of the large products of an answer to a picture, in vision tower and decoder."""
-    vision, (_, S, media) = config.vision_config, task_size(task)
-    E, C, merged = vision.embed_dim, config.hidden_size, vision.spatial_merge_size**2
-    T, shared = sum(math.prod(grid) for grid in media), config.num_key_value_heads * config.head_dim
-    N, inner, wide = T * merged, int(E * vision.mlp_ratio), config.intermediate_size
-    blocks = [(1, N, E, 3 * E), (1, N, E, E), (1, N, E, inner), (1, N, inner, E)]
-    layers = [(2, S, C, C), (2, S, C, shared), (1, S, wide, C), (2, S, C, wide)]
+    """Return (count, N, in, out) of the large matmuls, of vision encoder and decoder."""
+    _, S, media = task_size(task)
+    vision = config.vision_config
+    E = vision.embed_dim
+    E_inner = int(E * vision.mlp_ratio)
+    merged_width = E * vision.spatial_merge_size**2
+    T = sum(math.prod(grid) for grid in media)
+    N = T * vision.spatial_merge_size**2
+    C = config.hidden_size
+    C_inner = config.intermediate_size
+    kv_width = config.num_key_value_heads * config.head_dim
     return {
-        "vision": [(vision.depth * count, *shape) for count, *shape in blocks]
-        + [(1, T, merged * E, merged * E), (1, T, merged * E, C)],
-        "decoder": [(config.num_hidden_layers * count, *shape) for count, *shape in layers],
+        "vision": [
+            (vision.depth, N, E, 3 * E),
+            (vision.depth, N, E, E),
+            (vision.depth, N, E, E_inner),
+            (vision.depth, N, E_inner, E),
+            (1, T, merged_width, merged_width),
+            (1, T, merged_width, C),
+        ],
+        "decoder": [
+            (2 * config.num_hidden_layers, S, C, C),
+            (2 * config.num_hidden_layers, S, C, kv_width),
+            (config.num_hidden_layers, S, C_inner, C),
+            (2 * config.num_hidden_layers, S, C, C_inner),
+        ],
     }
 
 
 def held_bytes(config: Config, rows: int, tokens: int, itemsize: float) -> float:
-    """Bytes of all weights and of a cache of so many tokens a row. Below two, itemsize is the decoder's weights'."""
-    import torch
+    """Return the bytes of all weights and of a cache of so many tokens per sequence.
 
-    from qwen2vl import KVCache, Qwen2VL
-
+    An itemsize below two is that of the decoder's weights alone.
+    """
     with torch.device("meta"):
-        cache, model = KVCache(config, rows, tokens), Qwen2VL(config)
-    numbers = (
-        sum(p.numel() for p in model.visual.parameters())
-        + cache.keys.numel()
-        + cache.values.numel()
-    )
-    decoder = sum(
-        p.numel() for name, p in model.named_parameters() if not name.startswith("visual.")
-    )
-    return itemsize * decoder + max(itemsize, 2) * numbers
+        cache = KVCache(config, rows, tokens)
+        model = Qwen2VL(config)
+    encoder = sum(weight.numel() for weight in model.visual.parameters())
+    decoder = sum(weight.numel() for weight in model.parameters()) - encoder
+    not_quantized = encoder + cache.keys.numel() + cache.values.numel()
+    return itemsize * decoder + max(itemsize, 2) * not_quantized

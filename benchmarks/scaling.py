@@ -1,12 +1,14 @@
-"""How cost grows with image tokens, context, batch and frames, ours beside transformers 5.23.0: four log-log panels.
+"""Draw how cost grows with image tokens, context, batch and frames, for ours and transformers
+5.23.0.
 
-    python benchmarks/scaling.py                     writes results/scaling.png and .json; takes 20 minutes
+    python benchmarks/scaling.py                     results/scaling.png and .json; takes 20 minutes
     python benchmarks/scaling.py --shapes tiny --out scaling-tiny
 
-On log-log axes a cost that grows with the n-th power of its cause is a line of slope n: 1 for what is done for each
-token, 2 for attention between all of them. A copy too many or a step done again for every token shows as a slope that
-the other side has not. By default the layers have the 2B model's widths, but there are only four of each kind: that
-takes nothing from the slopes but the constant part. What disturbs and how it is noticed: see `compare.py`.
+On log-log axes a cost that grows with the n-th power of its cause is a line of slope n: 1 for work
+on each token, 2 for attention between all of them. A needless copy, or a step that is repeated for
+every token, shows as a slope that the other side does not have. By default the layers have the 2B
+model's widths, but there are only four of each kind, which changes the constant part only. For
+quiet machines and disturbed runs see `compare.py`.
 """
 
 from __future__ import annotations
@@ -14,39 +16,47 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
-from benchmarks.checkpoint import SHAPES, find_checkpoint
-from benchmarks.compare import HERE, ITEMSIZE, SIDES, per_step, run_quietly, tidy
+from benchmarks.checkpoint import find_checkpoint
+from benchmarks.compare import SIDES, tidy
+from benchmarks.options import add_common_options, check_common_options
+from benchmarks.processes import HERE, Record, Say, run_quietly
+from benchmarks.summary import ITEMSIZE, per_step, prefill_seconds
+from benchmarks.tables import label
 
-# Axis → what is measured there, as (name, its seconds in a record); and its points with the task of each.
+# Axis → what is measured there: (name of the curve, its seconds in a record).
 CURVES = {
     "image tokens": [("vision tower", lambda r: r["vision"])],
     "tokens of context": [
         ("prefill", lambda r: r["first_token"]),
-        ("one decode step", lambda r: per_step(r)),
+        ("one decode step", per_step),
     ],
-    "batch": [("one decode step", lambda r: per_step(r))],
-    "frames": [
-        ("vision tower", lambda r: r["vision"]),
-        ("prefill", lambda r: r["first_token"] - r["vision"]),
-    ],
+    "batch": [("one decode step", per_step)],
+    "frames": [("vision tower", lambda r: r["vision"]), ("prefill", prefill_seconds)],
 }
+COLORS = {"ours": "#0072b2", "transformers": "#d55e00"}
+
+Line = list[tuple[float, float]]  # (x, seconds)
 
 
 def points(tiny: bool) -> dict[str, dict[int, dict]]:
-    """The tasks along each axis."""
-    sides = (4, 6, 8) if tiny else (8, 16, 24, 32, 48)
-    contexts = (16, 32, 64) if tiny else (128, 512, 2048, 8192)
-    batches = (1, 2, 4) if tiny else (1, 2, 4, 8, 16)
-    slices = (1, 2, 4) if tiny else (1, 2, 4, 8, 16, 32)
+    """Return the tasks along each axis."""
+    if tiny:
+        sides = (4, 6, 8)
+        contexts = (16, 32, 64)
+        batches = (1, 2, 4)
+        slices = (1, 2, 4)
+    else:
+        sides = (8, 16, 24, 32, 48)
+        contexts = (128, 512, 2048, 8192)
+        batches = (1, 2, 4, 8, 16)
+        slices = (1, 2, 4, 8, 16, 32)
     return {
         "image tokens": {
             n * n: {"rows": [[4, ("image", 1, n, n)]], "new_tokens": 1} for n in sides
@@ -57,162 +67,148 @@ def points(tiny: bool) -> dict[str, dict[int, dict]]:
     }
 
 
-def measure(options: argparse.Namespace, folder: Path, say: Callable[[str], None]) -> dict:
-    """{axis: {curve: {side: [(x, median seconds), ...]}}} of the quiet measurements, with the machine."""
+def measure(options: argparse.Namespace, folder: Path, say: Say) -> dict:
+    """Return {axis: {curve: {side: [(x, median seconds), ...]}}} of the quiet measurements."""
     axes = points(options.shapes == "tiny")
-    tasks = {f"{axis} {x}": task for axis, along in axes.items() for x, task in along.items()}
+    tasks = {}
+    for axis, along in axes.items():
+        for x, task in along.items():
+            tasks[f"{axis} {x}"] = task
     job = {
         "kind": "questions",
         "checkpoint": str(folder),
         "device": options.device,
         "dtype": options.dtype,
+        "tasks": tasks,
     }
     records = []
     for repetition in range(options.repetitions):
-        for side in SIDES if repetition % 2 == 0 else SIDES[::-1]:
-            records += run_quietly(job | {"side": side, "tasks": tasks}, options, say)
+        in_turn = SIDES if repetition % 2 == 0 else SIDES[::-1]
+        for side in in_turn:
+            records += run_quietly(job | {"side": side}, options, say)
     curves = {}
     for axis, along in axes.items():
+        curves[axis] = {}
         for name, value in CURVES[axis]:
-            for side in SIDES:
-                line = curves.setdefault(axis, {}).setdefault(name, {}).setdefault(side, [])
-                for x in along:
-                    mine = [
-                        r
-                        for r in records
-                        if (r["side"], r["task"]) == (side, f"{axis} {x}") and r["quiet"]
-                    ]
-                    if mine:
-                        line.append((x, statistics.median(map(value, mine))))
-    about = machine.describe(options.device, options.threads)
-    return {"shapes": options.shapes, "dtype": options.dtype, "machine": about, "curves": curves}
+            lines = {side: curve(records, side, axis, along, value) for side in SIDES}
+            curves[axis][name] = lines
+    return {
+        "shapes": options.shapes,
+        "dtype": options.dtype,
+        "machine": machine.describe(options.device, options.threads),
+        "curves": curves,
+    }
 
 
-def slope(line: list[tuple[float, float]]) -> float | None:
-    """The exponent with which cost grows over the last three points, by least squares of the logarithms."""
+def curve(records: list[Record], side: str, axis: str, along: dict, value) -> Line:
+    """Return the median of the quiet measurements of a side at each point that has any."""
+    line = []
+    for x in along:
+        seconds = []
+        for record in records:
+            is_point = record["side"] == side and record["task"] == f"{axis} {x}"
+            if is_point and record["quiet"]:
+                seconds.append(value(record))
+        if seconds:
+            line.append((x, statistics.median(seconds)))
+    return line
+
+
+def slope(line: Line) -> float | None:
+    """Return the exponent of the growth over the last three points, by least squares."""
     if len(line) < 3:
         return None
-    (xs, ys) = ([math.log(value) for value in values] for values in zip(*line[-3:], strict=True))
+    xs = [math.log(x) for x, _ in line[-3:]]
+    ys = [math.log(y) for _, y in line[-3:]]
     return statistics.linear_regression(xs, ys).slope
 
 
-def draw(found: dict, path: Path) -> None:
+def draw(results: dict, path: Path) -> None:
+    """Draw a panel for each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(2, 2, figsize=(9, 7), layout="constrained")
-    colours, styles = dict(zip(SIDES, ("#0072b2", "#d55e00"), strict=True)), ("-", "--")
-    for panel, (axis, curves) in zip(panels.flat, found["curves"].items(), strict=True):
-        first = [
-            line[0][1]
-            for side in reversed(SIDES)
-            for sides in curves.values()
-            for line in [sides[side]]
-            if line
-        ]
-        unit = first[0] if first else 1.0
-        for (name, sides), style in zip(curves.items(), styles[: len(curves)], strict=True):
-            for side, line in sides.items():
-                if line:
-                    steep = "" if slope(line) is None else f", slope {slope(line):.2f}"
-                    xs, ys = zip(*((x, seconds / unit) for x, seconds in line), strict=True)
-                    label = f"{name}, {side}{steep}"
-                    panel.loglog(
-                        xs, ys, style, marker="o", markersize=4, color=colours[side], label=label
-                    )
-        drawn = [point for sides in curves.values() for line in sides.values() for point in line]
-        ticks = sorted({x for x, _ in drawn})
-        panel.set_xticks(ticks, [str(x) for x in ticks])
-        panel.minorticks_off()
-        decades = [
-            math.log10(seconds / unit) for _, seconds in drawn
-        ]  # whole ones: those are what has a label
-        panel.set_ylim(10 ** math.floor(min(decades)), 10 ** max(1, math.ceil(max(decades))))
-        panel.set(xlabel=axis, ylabel="cost (first point of transformers = 1)")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+    for panel, (axis, curves) in zip(panels.flat, results["curves"].items(), strict=True):
+        draw_panel(panel, axis, curves)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
 
 
+def unit_of(curves: dict[str, dict[str, Line]]) -> float:
+    """Return the seconds of the first point of transformers, or of ours where it has none."""
+    for side in reversed(SIDES):
+        for lines in curves.values():
+            if lines[side]:
+                return lines[side][0][1]
+    return 1.0
+
+
+def draw_panel(panel, axis: str, curves: dict[str, dict[str, Line]]) -> None:
+    """Draw the curves of an axis, relative to the first point of transformers."""
+    unit = unit_of(curves)
+    ticks = set()
+    decades = []
+    for style, (name, lines) in zip(("-", "--"), curves.items(), strict=False):
+        for side, line in lines.items():
+            if not line:
+                continue
+            xs = [x for x, _ in line]
+            ys = [seconds / unit for _, seconds in line]
+            text = f"{label(name)}, {side}"
+            if slope(line) is not None:
+                text += f", slope {slope(line):.2f}"
+            panel.loglog(xs, ys, style, marker="o", markersize=4, color=COLORS[side], label=text)
+            ticks.update(xs)
+            decades += [math.log10(y) for y in ys]
+    panel.set_xticks(sorted(ticks), [str(x) for x in sorted(ticks)])
+    panel.minorticks_off()
+    # Only whole decades have labels.
+    panel.set_ylim(10 ** math.floor(min(decades)), 10 ** max(1, math.ceil(max(decades))))
+    panel.set(xlabel=axis, ylabel="cost (first point of transformers = 1)")
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=7)
+
+
+def describe(axis: str, name: str, side: str, line: Line) -> str:
+    steepness = "not measured"
+    if slope(line) is not None:
+        steepness = f"slope {slope(line):.2f}"
+    values = ", ".join(f"{x}: {seconds:.4f} s" for x, seconds in line)
+    return f"{axis}, {label(name)}, {side}: {steepness} ({values})"
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add(
-        "--shapes",
-        choices=SHAPES,
-        default="thin",
-        help="2b, thin (its widths, few layers) or tiny (default: thin)",
-    )
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="one of these shapes (default: a random one in the cache)",
-    )
-    add("--dtype", choices=ITEMSIZE, default="float32", help="(default: float32)")
-    add(
-        "--repetitions",
-        type=int,
-        default=3,
-        metavar="N",
-        help="fresh processes for each figure (default: 3)",
-    )
-    add(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        metavar="N",
-        help="(default: all cores)",
-    )
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add(
-        "--busy",
-        type=float,
-        default=0.15,
-        metavar="CORES",
-        help="quiet is no more foreign load (default: 0.15)",
-    )
-    add(
-        "--patience",
-        type=float,
-        default=600,
-        metavar="S",
-        help="how long to wait for quiet (default: 600 s)",
-    )
-    add(
-        "--retries",
-        type=int,
-        default=1,
-        metavar="N",
-        help="repeat what was disturbed so often (default: 1)",
-    )
-    add(
+    add_common_options(parser, shapes="thin")
+    parser.add_argument("--dtype", choices=ITEMSIZE, default="float32", help="(default: float32)")
+    parser.add_argument(
         "--out",
         type=Path,
         default=HERE / "results" / "scaling",
         metavar="STEM",
         help="(default: results/scaling)",
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check_common_options(parser, options)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
     folder = options.checkpoint or find_checkpoint(options.shapes)
-    found = measure(options, folder, lambda line: print(line, file=sys.stderr, flush=True))
-    for axis, curves in found["curves"].items():
-        for name, sides in curves.items():
-            for side, line in sides.items():
-                steep = "not measured" if slope(line) is None else f"slope {slope(line):.2f}"
-                spent = ", ".join(f"{x}: {seconds:.4f} s" for x, seconds in line)
-                print(f"{axis}, {name}, {side}: {steep} ({spent})")
+    results = measure(options, folder, lambda line: print(line, file=sys.stderr, flush=True))
+    for axis, curves in results["curves"].items():
+        for name, lines in curves.items():
+            for side, line in lines.items():
+                print(describe(axis, name, side, line))
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.with_suffix(".json").write_text(json.dumps(tidy(found)) + "\n", encoding="utf-8")
-    draw(found, options.out.with_suffix(".png"))
+    text = json.dumps(tidy(results)) + "\n"
+    options.out.with_suffix(".json").write_text(text, encoding="utf-8")
+    draw(results, options.out.with_suffix(".png"))
     return 0
 
 

@@ -1,7 +1,8 @@
-"""What runs in a fresh process: `workers.py JOB`, a job in JSON, prints what it found, a line of JSON for each part.
+"""The measured processes: `workers.py JOB`, with a job in JSON, prints a line of JSON for each
+result.
 
-Times are those of the monotonic clock, which all processes of a machine share. Nothing is imported before a job needs
-it, because the time that imports take is measured, too.
+Times are those of the monotonic clock, which all processes of a machine share. A job imports what
+it needs when it needs it, because the time of imports is measured, too.
 """
 
 import itertools
@@ -12,39 +13,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.protocol import PROMPT, make_clock, peak_bytes, report
 
-def report(**values) -> None:
-    print("result " + json.dumps(values), flush=True)
-
-
-def make_clock(device: str):
-    """Seconds; on a GPU only once all that was asked of it is done."""
-    if device == "cpu":
-        return time.monotonic
-    import torch
-
-    def clock() -> float:
-        torch.cuda.synchronize(device)
-        return time.monotonic()
-
-    return clock
+# ------------------------------------------------------------------------------------ the two sides
 
 
-def peak_bytes(device: str) -> int:
-    """The most memory that this process has had: on the GPU, or resident, which counts mapped files as well."""
-    if device != "cpu":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no VmHWM, the peak of resident memory")
-
-
-# ------------------------------------------------------------------------------------------------ the two sides
 def load_options(form: str) -> dict:
-    """What `load_model` is told: a dtype, or "int8" or "int4", for which what is not quantised is in bfloat16."""
+    """Return the arguments of `load_model` for a dtype, "int8" or "int4".
+
+    In a quantized model everything that is not quantized is in bfloat16.
+    """
     import torch
 
     if form.startswith("int"):
@@ -56,7 +34,7 @@ def load_ours(job: dict):
     from load_weights import load_model
 
     model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
-    model.generation_config = {"eos_token_id": []}  # random weights end by chance
+    model.generation_config = {"eos_token_id": []}  # random weights would end at random
     if job["device"] != "cpu":
         from extras import cuda_graph
 
@@ -65,7 +43,7 @@ def load_ours(job: dict):
 
 
 def answer_ours(model, batch, new_tokens: int, on_token) -> None:
-    """Greedy tokens as a user gets them; on_token(ids of all rows) for each."""
+    """Generate greedily as a user does; call on_token(ids of all sequences) for each token."""
     from generate import Sampling, stream
 
     for tokens in stream(model, batch, new_tokens, Sampling()):
@@ -76,96 +54,129 @@ def load_peer(job: dict):
     import torch
     from transformers import GenerationConfig, Qwen2VLForConditionalGeneration
 
-    dtype = getattr(torch, job["dtype"])
-    model = (
-        Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype)
-        .to(job["device"])
-        .eval()
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        job["checkpoint"], dtype=getattr(torch, job["dtype"])
     )
     model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-    return model
+    return model.to(job["device"]).eval()
 
 
 def answer_peer(model, batch, new_tokens: int, on_token) -> None:
+    """Do the same as `answer_ours` with transformers."""
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    class Watcher(BaseStreamer):
-        prompt_seen = False
+    class TokenStreamer(BaseStreamer):
+        has_prompt = False
 
         def put(self, value):
-            if self.prompt_seen:
+            if self.has_prompt:
                 on_token(value.flatten().tolist())
-            self.prompt_seen = True
+            self.has_prompt = True
 
         def end(self):
             pass
 
-    config, inputs = (
-        model.config,
-        {n: torch.as_tensor(a, device=model.device) for n, a in batch.arrays().items()},
-    )
-    ids = inputs["input_ids"]
-    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    inputs = {}
+    for name, array in batch.arrays().items():
+        inputs[name] = torch.as_tensor(array, device=model.device)
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    is_video = inputs["input_ids"] == model.config.video_token_id
     model.generate(
         **inputs,
-        mm_token_type_ids=kinds,
+        mm_token_type_ids=is_image.int() + 2 * is_video.int(),
         max_new_tokens=new_tokens,
         do_sample=False,
-        streamer=Watcher(),
+        streamer=TokenStreamer(),
     )
 
 
-SIDES = {"ours": (load_ours, answer_ours), "transformers": (load_peer, answer_peer)}
-
-
-# ----------------------------------------------------------------------------------------------------- the jobs
-# What the chat template makes of a question; without one in the folder, the peer's tokenizer has to be given it.
-PROMPT = (
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
-)
-PROMPT += "<|im_start|>assistant\n"
+# --------------------------------------------------------------------------------------------- jobs
 
 
 def cold(job: dict) -> None:
-    """From nothing to the first token of the answer to a short text. The clock of the caller started before."""
-    text = "What is the capital of France?"
-    if job["side"] == "ours":
-        from generate import Sampling, stream
-        from load_weights import load_model
-        from preprocess import Processor
+    """Measure from the start of the process to the first token of an answer to a short text.
 
-        imported = time.monotonic()
-        processor = Processor.from_pretrained(job["checkpoint"])
-        batch = processor([{"role": "user", "content": text}])
-        model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
-        loaded = time.monotonic()
-        next(stream(model, batch, 16, Sampling()))
-    else:
-        import torch
-        from transformers import (
-            AutoTokenizer,
-            Qwen2VLForConditionalGeneration,
-        )  # AutoProcessor wants torchvision
-
-        imported = time.monotonic()
-        tokenizer, dtype = (
-            AutoTokenizer.from_pretrained(job["checkpoint"]),
-            getattr(torch, job["dtype"]),
-        )
-        inputs = tokenizer(PROMPT.format(text), return_tensors="pt").to(job["device"])
-        model = Qwen2VLForConditionalGeneration.from_pretrained(job["checkpoint"], dtype=dtype).to(
-            job["device"]
-        )
-        loaded = time.monotonic()
-        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    job["start"] is the time at which the caller started this process.
+    """
+    question = "What is the capital of France?"
+    cold_side = cold_ours if job["side"] == "ours" else cold_peer
+    imported, loaded = cold_side(job, question)
     end = make_clock(job["device"])()
-    report(task="cold", start=job["start"], end=end, first_token=end - job["start"],
-           import_seconds=imported - job["start"], load_seconds=loaded - imported)  # fmt: skip
+    report(
+        task="cold",
+        start=job["start"],
+        end=end,
+        first_token=end - job["start"],
+        import_seconds=imported - job["start"],
+        load_seconds=loaded - imported,
+    )
+
+
+def cold_ours(job: dict, question: str) -> tuple[float, float]:
+    """Generate one token; return the times at which the imports and the loading were done."""
+    from generate import Sampling, stream
+    from load_weights import load_model
+    from preprocess import Processor
+
+    imported = time.monotonic()
+    processor = Processor.from_pretrained(job["checkpoint"])
+    batch = processor([{"role": "user", "content": question}])
+    model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
+    loaded = time.monotonic()
+    next(stream(model, batch, 16, Sampling()))
+    return imported, loaded
+
+
+def cold_peer(job: dict, question: str) -> tuple[float, float]:
+    """Do the same as `cold_ours` with transformers."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+
+    imported = time.monotonic()
+    # AutoProcessor would need torchvision.
+    tokenizer = AutoTokenizer.from_pretrained(job["checkpoint"])
+    inputs = tokenizer(PROMPT.format(question), return_tensors="pt").to(job["device"])
+    model = Qwen2VLForConditionalGeneration.from_pretrained(
+        job["checkpoint"], dtype=getattr(torch, job["dtype"])
+    )
+    model = model.to(job["device"])
+    loaded = time.monotonic()
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return imported, loaded
+
+
+class Recorder:
+    """Record the seconds of the vision encoder, and the logits of the last position, by hooks.
+
+    Hooks, because transformers offers no other access to both.
+    """
+
+    def __init__(self, encoder, lm_head, clock):
+        self.clock = clock
+        self.encoder_start = 0.0
+        self.vision_seconds = 0.0
+        self.logits = []
+        encoder.register_forward_pre_hook(self.start_encoder)
+        encoder.register_forward_hook(self.end_encoder)
+        lm_head.register_forward_hook(self.keep_logits)
+
+    def start_encoder(self, *_) -> None:
+        self.encoder_start = self.clock()
+
+    def end_encoder(self, *_) -> None:
+        self.vision_seconds += self.clock() - self.encoder_start
+
+    def keep_logits(self, _module, _inputs, output) -> None:
+        self.logits.append(output[:, -1].detach().clone())
+
+    def reset(self) -> None:
+        self.vision_seconds = 0.0
+        self.logits.clear()
 
 
 def questions(job: dict) -> None:
-    """Loads once, warms up, then answers each of job["tasks"] and says how long its parts took."""
+    """Load once, warm up, then answer each of job["tasks"] and report the times of its parts."""
     import numpy as np
     import torch
 
@@ -173,39 +184,45 @@ def questions(job: dict) -> None:
     from load_weights import load_config
 
     torch.set_num_threads(job["threads"])
-    clock, config, (load, answer) = (
-        make_clock(job["device"]),
-        load_config(job["checkpoint"]),
-        SIDES[job["side"]],
-    )
-    model = load(job)
-    vision, scores = [], []
-    tower = model.visual if job["side"] == "ours" else model.model.visual
-    tower.register_forward_pre_hook(lambda *_: vision.append(-clock()))
-    tower.register_forward_hook(lambda *_: vision.append(clock()))
-    model.lm_head.register_forward_hook(
-        lambda _module, _inputs, out: scores.append(out[:, -1].detach().clone())
-    )
+    clock = make_clock(job["device"])
+    config = load_config(job["checkpoint"])
+    if job["side"] == "ours":
+        model = load_ours(job)
+        answer = answer_ours
+        encoder = model.visual
+    else:
+        model = load_peer(job)
+        answer = answer_peer
+        encoder = model.model.visual
+    recorder = Recorder(encoder, model.lm_head, clock)
 
     # Mapped weights are read for the first time, and libraries choose their kernels.
-    answer(model, make_batch(config, [[4, ("image", 1, 2, 2), 4]]), 3, lambda _: None)
+    answer(model, make_batch(config, [[4, ("image", 1, 2, 2), 4]]), 3, lambda ids: None)
     for name, task in job["tasks"].items():
-        batch, times, tokens = make_batch(config, task["rows"]), [], []
-        vision.clear()
-        scores.clear()
+        batch = make_batch(config, task["rows"])
+        times = []
+        tokens = []
+
+        def on_token(ids, times=times, tokens=tokens):
+            times.append(clock())
+            tokens.append(ids)
+
+        recorder.reset()
         start = clock()
-        answer(
-            model,
-            batch,
-            task["new_tokens"],
-            lambda ids, t=times, n=tokens: (t.append(clock()), n.append(ids)),
-        )
+        answer(model, batch, task["new_tokens"], on_token)
         if "logits" in job:  # of the prefill and of the last step
-            ends = torch.stack((scores[0], scores[-1])).float().cpu().numpy()
+            ends = torch.stack((recorder.logits[0], recorder.logits[-1])).float().cpu().numpy()
             np.save(Path(job["logits"]) / f"{job['side']}-{job['dtype']}-{name}.npy", ends)
-        report(task=name, start=start, end=times[-1], vision=sum(vision), first_token=times[0] - start,
-               steps=[b - a for a, b in itertools.pairwise(times)], tokens=tokens,
-               peak_bytes=peak_bytes(job["device"]))  # fmt: skip
+        report(
+            task=name,
+            start=start,
+            end=times[-1],
+            vision=recorder.vision_seconds,
+            first_token=times[0] - start,
+            steps=[after - before for before, after in itertools.pairwise(times)],
+            tokens=tokens,
+            peak_bytes=peak_bytes(job["device"]),
+        )
 
 
 def measure_ceilings(job: dict) -> None:
@@ -217,10 +234,10 @@ def measure_ceilings(job: dict) -> None:
     clock = make_clock(job["device"])
     start = clock()
     with torch.inference_mode():
-        found = machine.ceilings(
+        rates = machine.ceilings(
             job["shapes"], job["dtypes"], job["device"], clock, job["megabytes"], job["budget"]
         )
-    report(task="ceilings", start=start, end=clock(), **found)
+    report(task="ceilings", start=start, end=clock(), **rates)
 
 
 def measure_llama(job: dict) -> None:

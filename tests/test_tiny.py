@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# -------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_make_sample_returns_the_same_for_a_seed():
@@ -165,7 +165,7 @@ def test_make_sample_draws_images_that_are_resized_to_the_cells(topic, folder):
         assert {tuple(grid) for grid in grids.tolist()} == {(1, 2 * rows, 2 * columns)}
 
 
-# ----------------------------------------------------------------------------------------- questions
+# ---------------------------------------------------------------------------------------- questions
 # The right answer, computed from the words of the question alone, unlike in scenes.py.
 
 
@@ -374,7 +374,7 @@ def test_examples_are_drawn_from_their_seeds_and_described_by_the_model(name):
     assert processor.tokenizer.decode(response) == scenes.describe(scene)
 
 
-# ---------------------------------------------------------------------------------------- checkpoint
+# --------------------------------------------------------------------------------------- checkpoint
 
 
 def test_checkpoint_is_small_and_in_bfloat16():
@@ -421,7 +421,7 @@ def test_checkpoint_scores_what_the_readme_reports():
     readme = (ROOT / "tiny" / "README.md").read_text()
     rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \|$", readme, re.MULTILINE)
     reported = {skill: float(share) / 100 for skill, share in rows}
-    processor = score.load_processor(CHECKPOINT)
+    processor = Processor.from_pretrained(CHECKPOINT)
     shares = score.score(load_model(CHECKPOINT), processor, count=40)  # the first of the 1,000
     assert reported.keys() == shares.keys()
     assert all(share > reported[skill] - 0.15 for skill, share in shares.items()), shares
@@ -481,7 +481,7 @@ def test_transformers_opens_the_checkpoint_and_generates_the_same_tokens():
         assert output[0, inputs["input_ids"].shape[1] :].tolist() == response
 
 
-# -------------------------------------------------------------------------------------- training data
+# ------------------------------------------------------------------------------------ training data
 
 
 def begin_of(topic):
@@ -657,7 +657,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
     assert short == pytest.approx([1.0, 0.5])
 
 
-# --------------------------------------------------------------------------------------------- score
+# -------------------------------------------------------------------------------------------- score
 
 
 @pytest.mark.parametrize(
@@ -673,14 +673,6 @@ def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
 def test_overlap_is_the_iou_of_the_first_boxes(box, expected):
     answer = "<|box_start|>(0,0),(10,10)<|box_end|>"
     assert score.overlap(f"<|box_start|>{box}<|box_end|>", answer) == expected
-
-
-def test_load_processor_encodes_special_tokens_in_messages(folder):
-    box = "<|box_start|>(1,2),(3,4)<|box_end|>"
-    batch = score.load_processor(folder)([{"role": "assistant", "content": box}])
-    assert Tokenizer.from_pretrained(folder).token_id("<|box_start|>") in batch.input_ids
-    guarded = Processor.from_pretrained(folder)([{"role": "assistant", "content": box}])
-    assert Tokenizer.from_pretrained(folder).token_id("<|box_start|>") not in guarded.input_ids
 
 
 @pytest.fixture
@@ -715,7 +707,7 @@ def test_score_quantizes_and_shows_wrong_responses(responses, capsys):
     assert err.count("Nonsense.") == len(SKILLS)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ----------------------------------------------------------------------------------------- training
 
 
 def run_training(tmp_path, name, *more, processes=1):
@@ -788,7 +780,7 @@ def test_train_shares_the_parts_among_processes(tmp_path):
     assert torch.allclose(shared[name], alone[name], atol=0.02), "summed in another order"
 
 
-# ----------------------------------------------------------------------------------------- ablations
+# ---------------------------------------------------------------------------------------- ablations
 
 
 @pytest.fixture
@@ -806,7 +798,7 @@ def build_pair(name, config):
     original = Qwen2VL(config)
     train.initialize(original)
     torch.manual_seed(0)
-    variant = ablations.VARIANTS[name].build_model(config, attention="plain")
+    variant = ablations.VARIANTS[name].build_model(config, attn_implementation="eager")
     train.initialize(variant)
     pairs = zip(original.state_dict().items(), variant.state_dict().items(), strict=True)
     for (name_a, a), (name_b, b) in pairs:
@@ -819,7 +811,7 @@ def prompt_batch(folder, topic, name="none"):
     """Return the batch of a variant for an image that is not square, or for a video."""
     sample = scenes.make_sample(topic, 0, (3, 4))
     messages = ablations.VARIANTS[name].to_messages(sample, sample.qa_pairs)[:1]
-    return score.load_processor(folder)(messages)
+    return Processor.from_pretrained(folder)(messages)
 
 
 def model_inputs(batch):

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from load_weights import load_model
+from preprocess import Processor
 from qwen2vl import (
     Config,
     KVCache,
@@ -44,7 +45,7 @@ from tiny import train
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
 from tiny.folder import write_json
 from tiny.scenes import START, START_SIZE, QAPair, Sample, make_sample, to_conversation
-from tiny.score import CHECKPOINT, Exam, load_processor, score
+from tiny.score import CHECKPOINT, Exam, score
 
 SIDE = 168  # pixels of the variant one-size: about the mean area of the training images
 
@@ -283,7 +284,7 @@ def run_variant(variant: Variant, start: Start, run: Path, args, train_options: 
     train.main(options + train_options, recipe)
     exam = replace(start.exam, to_messages=variant.to_messages)
     model = load_variant(variant, checkpoint)
-    shares = score(model, load_processor(checkpoint), args.items, exam=exam)
+    shares = score(model, Processor.from_pretrained(checkpoint), args.items, exam=exam)
     write_json(run / "score.json", shares)
 
 

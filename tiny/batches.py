@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from preprocess import Batch
+from preprocess import Batch, Processor
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
 from tiny.scenes import TRAIN_SEEDS, QAPair, Sample, make_sample, sizes, to_conversation
-from tiny.score import load_processor
 
 SEEDS_PER_PART = 64
 
@@ -39,7 +38,7 @@ class Batches:
         self.work = work
         self.curriculum = curriculum
         self.to_messages = to_messages
-        self.processor = load_processor(folder)
+        self.processor = Processor.from_pretrained(folder)
         tokenizer = self.processor.tokenizer
         self.answer_header = tokenizer.encode("<|im_start|>assistant\n")
         self.answer_end = tokenizer.token_id("<|im_end|>")

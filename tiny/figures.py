@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 
 from extras.boxes import find_boxes
 from load_weights import load_model
+from preprocess import Processor
 from tiny.scenes import QAPair, Sample, draw
-from tiny.score import CHECKPOINT, Exam, load_processor
+from tiny.score import CHECKPOINT, Exam
 
 FOLDER = Path(__file__).parent
 SHOWN_TWICE = ("read", "compare", "video")  # the skills; the others are shown once
@@ -71,7 +72,7 @@ class Answered:
 def answer_samples(folder: Path) -> list[Answered]:
     """Ask the first evaluation question of the first skill, the second of the second, and so on."""
     model = load_model(folder)
-    processor = load_processor(folder)
+    processor = Processor.from_pretrained(folder)
     exam = Exam()
     answered = []
     for number, skill in enumerate(exam.skills):

@@ -16,10 +16,9 @@ from pathlib import Path
 from extras.boxes import find_boxes
 from generate import generate
 from load_weights import load_model
-from preprocess import ImageConfig, Processor
+from preprocess import Processor
 from qwen2vl import Qwen2VL
 from tiny.scenes import SKILLS, QAPair, Sample, make_sample, to_conversation
-from tokenizer import Tokenizer
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -117,7 +116,7 @@ def score(
 def table(folder: Path, count: int, quantize: str | None = None, **options: int) -> str:
     """Return the score of a checkpoint, with the options of `score`, as a Markdown table."""
     model = load_model(folder, quantize=quantize)
-    shares = score(model, load_processor(folder), count, **options)
+    shares = score(model, Processor.from_pretrained(folder), count, **options)
     lines = [f"| skill | of {count} |", "|---|---|"]
     for skill, share in shares.items():
         lines.append(f"| {skill} | {100 * share:.1f} % |")
