@@ -150,8 +150,9 @@ class UnrotatedBlock(VisionBlock):
 class NoVisionRope(Variant):
     def build_model(self, config: Config, **options: str) -> Qwen2VL:
         model = Qwen2VL(config, **options)
+        build = partial(UnrotatedBlock, attn_implementation=model.attn_implementation)
         for i, block in enumerate(model.visual.blocks):
-            model.visual.blocks[i] = take_weights(block, UnrotatedBlock, config.vision_config)
+            model.visual.blocks[i] = take_weights(block, build, config.vision_config)
         return model
 
 

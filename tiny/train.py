@@ -107,8 +107,8 @@ def sum_over_processes(weights: list[Tensor], statistics: Tensor) -> Tensor:
 
 def make_model(args, config: Config, recipe: Recipe) -> Qwen2VL:
     # On a CPU the bf16 gradient of PyTorch's fused attention is slower than that of plain matmuls.
-    attention = "plain" if args.bf16 and args.device == "cpu" else "sdpa"
-    model = recipe.build_model(config, attention=attention).train()
+    attention = "eager" if args.bf16 and args.device == "cpu" else "sdpa"
+    model = recipe.build_model(config, attn_implementation=attention).train()
     recipe.initialize(model)
     return model.to(args.device)
 
