@@ -173,20 +173,20 @@ def frames_between(
 
 
 def frame_rate(
-    times: Sequence[float], last_duration: float, declared: float | None
+    times: Sequence[float], last_duration: float, declared: float | None, tick: float = 0.0
 ) -> tuple[float, bool]:
     """Return a video's frames per second, and whether the timestamps contradict the declared rate.
 
-    times: of all frames, in seconds from the first one; last_duration: of the last one, 0 if that is
-    unknown. The declared rate holds, as in qwen-vl-utils, as long as it agrees with the number of
-    frames in that time up to RATE_TOLERANCE and one frame. Recorders in browsers declare 1000 frames
-    per second, screen recorders the rate of the screen, and some files 90000 or nothing: there the
-    timestamps count.
+    times: of all frames, in seconds from the first one, rounded to multiples of tick; last_duration:
+    of the last one, 0 if that is unknown. The declared rate holds, as in qwen-vl-utils, as long as
+    it agrees with the number of frames in that time up to RATE_TOLERANCE and one frame. Recorders
+    in browsers declare 1000 frames per second, screen recorders the rate of the screen, and some
+    files 90000 or nothing: there the timestamps count.
     """
     count = len(times)
     if count < 2:
         return declared or DEFAULT_FPS, False
-    measured = (count - 1) / times[-1]
+    measured = usual_rate(count, times[-1], tick)
     if declared is None:
         return measured, False
     declared_count = declared * (times[-1] + (last_duration or 1 / measured))
@@ -195,6 +195,20 @@ def frame_rate(
     if low <= declared_count <= high:
         return declared, False
     return measured, True
+
+
+def usual_rate(count: int, last_time: float, tick: float) -> float:
+    """Return the frames per second of `count` frames, the last one at last_time ± tick, in seconds.
+
+    A rate of n or n / 1.001 is taken for exact if the rounding of last_time allows it: 300 frames in
+    whole milliseconds measure 30.002 frames per second, and sampling them by that would miss the
+    last two of their 20 frames.
+    """
+    measured = (count - 1) / last_time
+    for rate in (round(measured), round(measured * 1.001) / 1.001):
+        if rate > 0 and abs((count - 1) / rate - last_time) <= tick * 1.001:
+            return rate
+    return measured
 
 
 def pixel_bounds(
@@ -281,7 +295,9 @@ def frame_times(index: VideoIndex, name: str) -> tuple[list[float], float]:
         rate = index.declared_rate or DEFAULT_FPS
         return [number / rate for number in range(len(index.pts))], rate
     times = [float((pts - index.pts[0]) * index.tick) for pts in index.pts]
-    rate, is_contradicted = frame_rate(times, index.last_duration, index.declared_rate)
+    rate, is_contradicted = frame_rate(
+        times, index.last_duration, index.declared_rate, float(index.tick)
+    )
     if is_contradicted and not index.damage:  # with frames missing, the header may be right
         declared = f"declares {index.declared_rate:g} frames per second"
         warnings.warn(

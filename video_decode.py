@@ -43,6 +43,7 @@ DEADLINE_SECONDS = 1800.0  # for one pass over a file
 POLL_SECONDS = 0.5  # between two looks at the progress; on Windows, Ctrl-C takes effect then
 JOIN_SECONDS = 1.0  # how long a thread that is no longer needed may take to close the file
 SILENT_LOSS = 0.02  # packets without a frame or an error, from which on a video is called damaged
+MAX_REORDERED = 16  # frames that a decoder holds back at most (H.264 and H.265, DPB size)
 MAX_PIXEL_ASPECT = 8  # pixels that are more stretched than this are a damaged header
 
 # The containers that are opened (names of FFmpeg's demuxers): files that hold video themselves, not
@@ -267,6 +268,8 @@ class OpenVideo:
                 packet = next(packets, None)
             except av.FFmpegError as error:
                 self.count_error(error.strerror)
+                return
+            except IndexError:  # PyAV, at the end of a file in which another stream began midway
                 return
             if packet is None:
                 return
@@ -500,7 +503,7 @@ def checked_number(frame, pts: list[int], before: int) -> int:
 
 def decoded_index(video: OpenVideo, step: Callable[[], None]) -> VideoIndex:
     """Return the times of all frames that can be decoded."""
-    pts = [frame.pts for frame in video.frames(step)]
+    pts = in_display_order([frame.pts for frame in video.frames(step)])
     missing = max(video.errors, video.packet_count - len(pts))
     damage = ""
     if video.errors or missing > 2 + video.packet_count * SILENT_LOSS:
@@ -508,6 +511,21 @@ def decoded_index(video: OpenVideo, step: Callable[[], None]) -> VideoIndex:
     index = stream_index(video.stream, pts, damage)
     index.decode_all = True
     return index
+
+
+def in_display_order(pts: list[int | None]) -> list[int | None]:
+    """Return the timestamps of decoded frames, sorted where only neighbors are exchanged.
+
+    AVI stores no presentation times. With B-frames, the decoder returns the frames in the right
+    order, but each with the time of another one nearby. Timestamps that begin again, as in files
+    that were joined, are left as they are.
+    """
+    if None in pts or len(set(pts)) < len(pts):
+        return pts
+    order = sorted(range(len(pts)), key=pts.__getitem__)
+    if any(abs(number - place) > MAX_REORDERED for place, number in enumerate(order)):
+        return pts
+    return sorted(pts)
 
 
 def numbered_frames(video: OpenVideo, wanted: list[int], step: Callable[[], None]) -> Iterator:

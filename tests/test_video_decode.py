@@ -92,6 +92,19 @@ def test_metadata_of_a_stream_that_is_not_utf8_does_not_matter(tmp_path, quiet):
     assert len(clip.frames) == 6
 
 
+def test_an_index_error_after_the_last_packet_is_the_end():
+    """PyAV, at the end of a file, reads memory of streams that began midway and may raise this."""
+
+    class Container:
+        def demux(self, stream):
+            yield "packet"
+            raise IndexError("list index out of range")
+
+    opened = video_decode.OpenVideo(Container(), None, None)
+    assert list(opened.packets(lambda: None)) == ["packet"]
+    assert not opened.errors
+
+
 # --- wrong headers ---
 
 
@@ -122,6 +135,40 @@ def test_timestamps_count_where_the_declared_rate_contradicts_them(tmp_path, suf
     assert len(caught) == 1
     assert clip.timestamps == expected.timestamps
     assert np.array_equal(clip.frames, expected.frames)
+
+
+def test_timestamps_in_decoding_order_are_sorted(tmp_path):
+    """AVI has no presentation times, so those of B-frames are exchanged with their neighbors'."""
+    options = {"bf": "2", "g": "40"}
+    times = [2 * n for n in range(40)]  # 10 frames per second, in a file that declares 20
+    path = tmp_path / "x.avi"
+    encode(path, film(40, 64, 48), "libx264", 20, "yuv420p", options, times, Fraction(1, 20))
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 20
+        decoded = [frame.pts for frame in container.decode(video=0)]
+    assert decoded != sorted(decoded)
+    with pytest.warns(UserWarning, match="declares 20 frames per second"):
+        clip = load_video(path, SMALL)
+    assert clip.timestamps == pytest.approx([0, 0.6, 1.1, 1.7, 2.2, 2.8, 3.3, 3.9], abs=0.11)
+
+
+def test_timestamps_that_begin_again_are_not_sorted():
+    joined = [*range(0, 200, 4), *range(1, 200, 4)]
+    assert video_decode.in_display_order(joined) == joined
+    assert video_decode.in_display_order([1, 3, 2, None]) == [1, 3, 2, None]
+    assert video_decode.in_display_order([1, 3, 2, 4]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("rate", [30, Fraction(30000, 1001), 60, 15])
+def test_a_rate_in_whole_milliseconds_is_not_higher_than_it_is(tmp_path, rate):
+    """10 s give 20 frames, although the last time, cut to milliseconds, is early."""
+    times = [int(n * 1000 / rate) / 1000 for n in range(round(10 * rate))]
+    measured, is_contradicted = video.frame_rate(times, 0.0, 1000.0, 0.001)
+    assert is_contradicted
+    assert measured == pytest.approx(float(rate), rel=1e-9)
+    assert video.count_frames(len(times), measured) == 20
+    assert video.frame_rate([0.0, 0.033, 0.067, 0.1, 0.5], 0.0, None, 0.001)[0] == 8
+    assert video.frame_rate([0.0, 0.3, 0.95], 0.0, None, 0.001)[0] == pytest.approx(2 / 0.95)
 
 
 def test_declared_rate_holds_where_it_agrees():
