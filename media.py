@@ -11,6 +11,7 @@ that names it.
 
 import base64
 import binascii
+import codecs
 import io
 import os
 import re
@@ -45,6 +46,7 @@ OTHER_FILES = (
     ),
     (rb".{4}ftypavi[fs]", "this build of Pillow does not support AVIF; convert it to JPEG or PNG"),
     (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI |FLV", "it is a video; pass it as a video (--video)"),
+    (rb"\xff\n|.{4}JXL ", "JPEG XL is not supported by Pillow; convert it to JPEG or PNG"),
     (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript is not opened as an image; convert it to PNG"),
     (rb"%PDF", "it is a PDF; convert its pages to PNG"),
     (
@@ -413,8 +415,12 @@ def warn_about_clipping(image: Image.Image, name: str) -> None:
     if not image.mode.startswith(("I", "F")) or 0 in image.size:
         return
     values = np.asarray(image)
-    low, high = np.nanmin(values), np.nanmax(values)
+    values = values[np.isfinite(values)]
     advice = "convert it to 8 bits first, scaled as you need"
+    if not values.size:
+        warnings.warn(f"{name}: none of its values is finite; {advice}", stacklevel=2)
+        return
+    low, high = values.min(), values.max()
     if low < 0 or high > 255:
         found = f"its values ({low:g} to {high:g}) are clipped to 0…255"
         warnings.warn(f"{name}: {found}; {advice}", stacklevel=2)
@@ -431,7 +437,7 @@ def unreadable_reason(error: Exception, file: str | BinaryIO) -> str:
         return "there is not enough memory for its pixels; shrink it"
     if not isinstance(error, UnidentifiedImageError):
         return error_reason(error)
-    head = file_bytes(file, 1024).lstrip()
+    head = file_bytes(file, 1024).removeprefix(codecs.BOM_UTF8).lstrip()
     if not head:
         return "it is empty"
     for pattern, reason in OTHER_FILES:
@@ -560,7 +566,9 @@ def to_levels(array: np.ndarray, found: str) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------- damaged metadata
-JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1…13 and 15, comments; APP14 specifies colors
+JPEG_METADATA = {*range(0xE0, 0xEE), 0xEF, 0xFE}  # APP0…13 and 15, comments; APP14 specifies colors
+JPEG_COLORS = 0xEE  # APP14, of
+JPEG_COLORS_LENGTH = 14  # bytes or more
 # The chunks and tags that specify how pixels are stored:
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT"}
 TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320}
@@ -611,7 +619,8 @@ def without_jpeg_metadata(data: bytes) -> bytes:
             break
         (length,) = struct.unpack_from(">H", data, position + 2)
         end = position + 2 + length
-        if marker not in JPEG_METADATA:
+        is_damaged = marker == JPEG_COLORS and length < JPEG_COLORS_LENGTH
+        if marker not in JPEG_METADATA and not is_damaged:
             kept.append(data[position:end])
         position = end
     return b"".join([*kept, data[position:]])

@@ -183,6 +183,18 @@ def test_png_with_a_damaged_chunk_is_read_from_its_pixels(damage):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE])
+@pytest.mark.parametrize("start", [b"", b"JFIF", b"Exif", b"ICC_PROFILE\0", b"MPF\0", b"Adobe\0"])
+def test_jpeg_with_a_segment_cut_short_is_read_from_its_pixels(marker, start):
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "JPEG", quality=95)
+    data = buffer.getvalue()
+    segment = bytes([0xFF, marker]) + struct.pack(">H", len(start) + 2) + start
+    image = load_image(data[:2] + segment + data[2:])
+    assert np.array_equal(np.asarray(image), np.asarray(load_image(data)))
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tag", [0x010E, 0x0112, 0x8769, 0x8825])
 @pytest.mark.parametrize("kind", [0, 2, 5, 12, 99])
 def test_tiff_with_a_damaged_tag_is_read_from_its_pixels(tag, kind):
@@ -284,6 +296,9 @@ def test_postscript_is_refused_and_no_program_started(tmp_path, monkeypatch, dat
         (b"\n<!DOCTYPE html><html>", "it is a web page"),
         (b"<HTML><head>", "it is a web page"),
         (b'<?xml version="1.0"?>\n<svg xmlns="s"/>', "it is an SVG"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?>\n<!-- a -->\n<svg xmlns="s"/>', "it is an SVG"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(20), "JPEG XL is not supported by Pillow; convert"),
+        (b"\xff\n" + bytes(20), "JPEG XL is not supported by Pillow; convert"),
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
         (b"\xd7\xcd\xc6\x9a" + bytes(40), "it has no format that Pillow knows"),  # WMF
     ],
@@ -376,6 +391,12 @@ def test_clipped_values_are_reported_and_equal_the_reference(tmp_path):
 def test_floats_of_one_at_most_are_reported_as_black():
     with pytest.warns(UserWarning, match="so it is black"):
         load_image(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
+
+
+def test_image_without_a_finite_value_is_one_warning():
+    with pytest.warns(UserWarning, match="none of its values is finite") as caught:
+        load_image(Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)))
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize(
