@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from media import to_rgb
+from media import check_regular_file, to_rgb
 
 STALL_SECONDS = 20.0  # a decoder that has not finished a single packet by then is given up
 DEADLINE_SECONDS = 1800.0  # for one pass over a file
@@ -210,7 +210,12 @@ class DecoderThread:
 
 def in_thread(make: Callable, media: str | BinaryIO, name: str) -> Iterator:
     """Yield what a generator yields in a thread of its own; its errors become one sentence."""
-    if not isinstance(media, str):
+    if isinstance(media, str):
+        try:
+            check_regular_file(media)
+        except (OSError, ValueError) as error:
+            raise one_sentence(error, name) from error
+    else:
         if isinstance(media, io.TextIOBase) or not media.seekable():
             raise VideoError(
                 f"{name} must be opened in binary mode and be seekable to be read as a video"

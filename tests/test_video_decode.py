@@ -1,6 +1,7 @@
 """Video files as people have them: more streams, damage, wrong headers, alpha, odd pixels; hangs."""
 
 import io
+import os
 import signal
 import struct
 import threading
@@ -349,6 +350,18 @@ def test_frames_that_change_their_size_are_all_resized(tmp_path, quiet):
 
 
 # --- what is opened ---
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A pipe would block until the decoder is given up, and a device never ends."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    for path in (tmp_path / "pipe.mp4", "/dev/zero"):
+        with pytest.raises(ValueError, match="as a video: it is a pipe, device or socket"):
+            load_video(path)
+    with pytest.raises(ValueError, match="embedded null"):
+        load_video("a\0b.mp4")
+    with pytest.raises(FileNotFoundError, match="there is no video at"):
+        load_video(tmp_path / "missing.mp4")
 
 
 @pytest.mark.parametrize(
