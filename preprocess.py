@@ -40,6 +40,8 @@ INERT_FIELDS |= {"default_to_square", "disable_grouping"}
 SIZE_FIELDS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 SIZE_FIELDS |= {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 
+MAX_RESIZED_PIXELS = 2**28  # of one image or frame: ten times the tokens that the models take
+
 
 @dataclass
 class ImageConfig:
@@ -269,6 +271,7 @@ def resize_video(
             width, height = size
             if does_resize:
                 height, width = frame_size(height, width, len(sampled.timestamps), config, **sizes)
+                check_resized(height, width)
             frames = np.empty((len(sampled.timestamps), height, width, 3), dtype=np.uint8)
         if does_resize:
             frames[index] = to_rgb(image).resize((width, height), resample=config.resample)
@@ -320,6 +323,15 @@ def fit(height: float, width: float, factor: int, low: float, high: float) -> tu
     return fitted
 
 
+def check_resized(height: int, width: int) -> None:
+    """Raise ValueError for a size in pixels that no model takes and that would fill the memory."""
+    if height * width > MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"resizing to {height}×{width} (height × width) gives more than {MAX_RESIZED_PIXELS:,} "
+            "pixels: lower min_pixels"
+        )
+
+
 def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
     """Return one image as RGB, uint8 [H, W, 3], resized so that both sides are multiples of
     `config.factor`.
@@ -332,6 +344,7 @@ def resize(image: Image.Image, config: ImageConfig) -> np.ndarray:
         height, width = smart_resize(
             image.height, image.width, config.factor, config.min_pixels, config.max_pixels
         )
+        check_resized(height, width)
         image = image.resize((width, height), resample=config.resample)
     elif image.height % config.factor or image.width % config.factor:
         size = f"{image.height}×{image.width} (height × width)"
@@ -632,6 +645,7 @@ class Processor:
                 config.min_pixels,
                 config.max_pixels,
             )
+            check_resized(height, width)
             image = to_rgb(image).resize((width, height), resample=config.resample)
         frames = resize(image, config)[None]  # [1, H, W, 3]
         patches, grid = patchify(normalize(frames, config), config)

@@ -846,3 +846,19 @@ def test_processor_of_other_patches_is_an_error(tmp_path, capsys):
     write_settings(folder, {"merge_size": 1})
     assert command.main([*QUESTION, "--processor", str(folder)]) == 2
     assert "merge_size is 1 in the processor, but 2 in the model's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bound", [2**29, 10**13, 2**31 - 1])
+def test_sizes_beyond_any_memory_are_one_sentence(processor, bound):
+    """Found before anything of that size is made."""
+    image = Image.new("RGB", (200, 136))
+    bounds = {"min_pixels": bound, "max_pixels": bound}
+    sentence = r"gives more than 268,435,456 pixels: lower min_pixels"
+    items = [
+        {"type": "image", "image": image} | bounds,
+        {"type": "image", "image": image, "resized_height": 136, "resized_width": 200} | bounds,
+        {"type": "video", "video": [image, image], "min_pixels": bound},
+    ]
+    for item in items:
+        with pytest.raises(ValueError, match=sentence):
+            processor.prepare(item)
