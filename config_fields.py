@@ -1,4 +1,4 @@
-"""Checks of configuration values that come from JSON files: the annotation of a field names what it accepts.
+"""Checks of configuration values from JSON files: a field's annotation names what it accepts.
 
 @dataclass
 class SomeConfig:
@@ -12,18 +12,19 @@ class SomeConfig:
 import math
 import reprlib
 from dataclasses import fields
+from typing import Any, TypeGuard
 
 Size = int  # a positive integer
 Positive = float  # a positive number
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Return whether the value is an integer, not a boolean, that fits into 32 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
 
 
-def is_number(value: object) -> bool:
-    """Return whether the value is an integer or a finite float, not a boolean, within the range of float64."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether the value is a 32-bit integer or a finite float; a boolean is neither."""
     return is_integer(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -54,15 +55,16 @@ FIELD_TYPES = {  # annotation → the check of a value, and the words for what i
 }
 
 
-def check_fields(config: object, prefix: str = "") -> None:
-    """Raise ValueError naming the first field of a dataclass whose value is not what its annotation asks for.
+def check_fields(config: Any, prefix: str = "") -> None:
+    """Raise ValueError naming the first field of a dataclass whose value violates its annotation.
 
     " | None" in the annotation adds null; annotations that are not in FIELD_TYPES are not checked.
     """
     for field in fields(config):
         value = getattr(config, field.name)
-        kind = field.type.removesuffix(" | None")
-        if value is None and kind != field.type:
+        annotation = str(field.type)
+        kind = annotation.removesuffix(" | None")
+        if value is None and kind != annotation:
             continue
         if kind not in FIELD_TYPES:
             continue

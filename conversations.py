@@ -6,7 +6,7 @@ is the form that comes out. What is read beside it, for images and likewise for 
 
 | layout | written by |
 |---|---|
-| `{"messages": […], "images": [source, …]}`, a marker `<image>` for each | ms-swift, LLaMA-Factory |
+| `{"messages": […], "images": [source, …]}`, each at an `<image>` | ms-swift, LLaMA-Factory |
 | the same with an item `{"type": "image"}` without a source for each | TRL |
 | `{"conversations": [{"from": "human", "value": "<image>…"}], "image": source}` | ShareGPT, LLaVA |
 | `{"role": "user", "content": "…", "images": [source or base64, …]}` | Ollama |
@@ -21,8 +21,6 @@ places.
 import re
 import warnings
 from typing import Any
-
-from tokenizer import content_items, content_kind
 
 MARKERS = {"image": "<image>", "video": "<video>"}
 SOURCE_KEYS = {"image": ("image", "image_url", "url", "path"), "video": ("video", "url", "path")}
@@ -46,6 +44,51 @@ MEDIA_WORD = re.compile(
 DESCRIPTION = re.compile(
     r"(?:^|_)(?:ids?|sizes?|width|height|count|hash|caption|license|type|format)$"
 )
+
+
+def content_kind(item: dict) -> str:
+    """Return what one item of a message's content list is: "image", "video" or "text".
+
+    The rule is that of the published template: the type `image` or a key `image` or
+    `image_url` makes an image, else the type `video` or a key `video` makes a video, else it
+    must carry `text`. A key whose value is None is absent, as data sets fill their rows with
+    null. Raises ValueError for anything else.
+    """
+    if not isinstance(item, dict):
+        raise ValueError(f"a content item must be a dict, not {type(item).__name__}: {item!r:.80}")
+    if item.get("type") == "image" or has_value(item, "image") or has_value(item, "image_url"):
+        return "image"
+    if item.get("type") == "video" or has_value(item, "video"):
+        return "video"
+    if isinstance(item.get("text"), str):
+        return "text"
+    raise ValueError(f"a content item is neither image, video nor text: {item!r:.80}")
+
+
+def has_value(item: dict, key: str) -> bool:
+    """Return whether an item has a key with a value other than None."""
+    return item.get(key) is not None
+
+
+def content_items(message: dict, number: int) -> list[dict]:
+    """Return the content of the message at index `number` as a list of items.
+
+    Raises ValueError for a message without role or content.
+    """
+    if not isinstance(message, dict):
+        raise ValueError(
+            f"message {number} must be a dict with role and content, not {type(message).__name__}"
+        )
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"message {number} needs a role, but has only {list(message)}")
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise ValueError(
+            f"the content of message {number} must be text or a list, not {type(content).__name__}"
+        )
+    return list(content)
 
 
 def read_conversation(line: list | dict) -> list[dict]:

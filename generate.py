@@ -1,44 +1,48 @@
-"""Logits → tokens → words: sampling, streaming and the command line.
+"""Logits → tokens → text: sampling, the generation loop, and the command line for one question.
 
     python generate.py --image examples/shapes.png --prompt "How many shapes are there?"
 
-A prompt goes through the model once ("prefill"), which fills the key/value cache and gives the first token; then each
-token goes through alone ("decode"), reading what the cache holds of all before it.
+A prompt goes through the model once (`prefill`), which fills the KV cache and gives the logits
+of the first token; then each token goes through alone (`decode_step`), reading what the cache
+holds of all tokens before it.
 
-Shapes: B conversations of a batch, S tokens of the longest prompt, V vocabulary.
+Shapes: B batch size, S tokens of the longest prompt, K all tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
+import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-import linear
-from load_weights import check_supported, find_folder, load_model, read_json
-from preprocess import Batch, Processor
+import command_line
+import cuda_graph
+from debug_nan import NotFiniteError, watch_modules
+from preprocess import Batch
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
 from tokenizer import StreamDecoder
 
-TINY = Path(__file__).parent / "tiny" / "checkpoint"
+logger = logging.getLogger("qwen2vl")
+
 DEFAULT_NEW_TOKENS = 128  # where neither the caller nor generation_config.json gives a number
-ROOM = 1024  # new tokens that a cache has memory for at first; it grows as needed
+INITIAL_CAPACITY = 1024  # new tokens that a cache has memory for at first; it grows as needed
 
 
-# --------------------------------------------------------------------------------------------------- sampling
-def is_number(value: object) -> bool:
+# ----------------------------------------------------------------------------------------- sampling
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether value is a finite int or float; a bool is neither."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return isinstance(value, int) or math.isfinite(value)
 
@@ -46,19 +50,19 @@ def is_number(value: object) -> bool:
 def sampling_problem(name: str, value: object) -> str | None:
     """Return what is wrong with the value of a sampling field, or None."""
     if name in ("temperature", "repetition_penalty"):
-        valid, expected = is_number(value) and value > 0, "a number above 0"
+        valid = is_number(value) and value > 0
+        expected = "a number above 0"
     elif name == "top_k":
-        valid, expected = (
-            is_number(value) and isinstance(value, int) and value >= 0,
-            "0 (off) or more",
-        )
+        valid = is_number(value) and isinstance(value, int) and value >= 0
+        expected = "0 (off) or more"
     else:
-        valid, expected = is_number(value) and 0 < value <= 1, "above 0 and at most 1"
+        valid = is_number(value) and 0 < value <= 1
+        expected = "above 0 and at most 1"
     return None if valid else f"{name} is {value!r}, expected {expected}"
 
 
 @dataclass
-class Sampling:
+class GenerationConfig:
     """How the next token is chosen: the fields of generation_config.json, neutral by default.
 
     Raises ValueError for a value out of its range.
@@ -69,24 +73,25 @@ class Sampling:
     top_k: int = 0  # keep only the k most probable tokens; 0 keeps all
     top_p: float = 1.0  # keep the most probable tokens that together reach this probability
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less probable
-    seed: int | list[int] | None = (
-        None  # of the first sequence, counting up; or of each; None: random
-    )
+    # Of the first sequence, counting up for the next ones; a list: of each; None: random.
+    seed: int | list[int] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
             problem = sampling_problem(name, getattr(self, name))
             if problem:
                 raise ValueError(problem)
-        for seed in self.seed if isinstance(self.seed, list) else [self.seed]:
+        seeds = self.seed if isinstance(self.seed, list) else [self.seed]
+        for seed in seeds:
             if seed is not None and not 0 <= seed < 2**63:
                 raise ValueError(f"seed is {seed}, expected 0 to 2**63 - 1")
 
     @classmethod
-    def of_model(cls, model: Qwen2VL, **options) -> Sampling:
-        """Return the settings of the checkpoint's generation_config.json, where `options` do not replace them.
+    def from_model(cls, model: Qwen2VL, **options: Any) -> GenerationConfig:
+        """Return the settings of the model's generation_config.json, replaced by `options`.
 
-        Only what is used is checked: without do_sample, temperature, top_k and top_p of the file are ignored.
+        Only what is used is checked: without do_sample, temperature, top_k and
+        top_p of the file are ignored.
         Raises ValueError that names the field and the option that replaces it.
         """
         recommended = model.generation_config
@@ -111,106 +116,126 @@ class Sampling:
         return cls(**(values | options))
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Lower the logits [B, V] of the tokens marked in seen, bool [B, V]: positive ones are divided by the
-    penalty, negative ones multiplied. Source: CTRL, arXiv 1909.05858 §4.1."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Lower the logits [B, V] of the tokens marked in seen, bool [B, V].
 
-
-def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [B, V] → the probabilities [B, V] that tokens are drawn with: temperature, then top-k, then top-p.
-
-    Source: the order of transformers 5.23.0, `GenerationMixin._get_logits_processor`; top-p arXiv 1904.09751.
+    Positive ones are divided by the penalty, negative ones multiplied.
+    Source: CTRL, arXiv 1909.05858 §4.1.
     """
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        weakest = logits.topk(sampling.top_k).values[:, -1:]
+    lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(seen, lowered, logits)
+
+
+def next_token_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
+    """Return the probabilities [B, V] that tokens are drawn with, from logits [B, V].
+
+    Temperature comes first, then top-k, then top-p.
+    Source: the order of transformers 5.23.0, `GenerationMixin._get_logits_processor`;
+    top-p arXiv 1904.09751.
+    """
+    logits = logits / config.temperature
+    if 0 < config.top_k < logits.shape[-1]:
+        weakest = logits.topk(config.top_k).values[:, -1:]
         logits = logits.masked_fill(logits < weakest, float("-inf"))
-    if sampling.top_p < 1:
+    if config.top_p < 1:
         ascending, order = logits.sort(dim=-1)
         # From the least probable token upwards, drop what the more probable ones can do without.
-        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
         dropped[:, -1] = False  # the most probable one always stays
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
     return logits.softmax(-1)
 
 
-def choose(
-    logits: Tensor, seen: Tensor | None, sampling: Sampling, generators: list[torch.Generator]
+def sample(
+    logits: Tensor,
+    seen: Tensor | None,
+    config: GenerationConfig,
+    generators: list[torch.Generator],
 ) -> Tensor:
-    """The next token of each row, int64 [B], from logits [B, V]."""
+    """Return the next token of each sequence, int64 [B], from logits [B, V]."""
     logits = at_least_float32(logits)
     if seen is not None:
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-    if not sampling.do_sample or sampling.top_k == 1:
+        logits = apply_repetition_penalty(logits, seen, config.repetition_penalty)
+    if not config.do_sample or config.top_k == 1:
         return logits.argmax(-1)
-    # Drawn on the CPU, so that a seed means the same on every device.
-    probabilities = next_token_probabilities(logits, sampling).cpu()
+    probabilities = next_token_probabilities(logits, config)
+    probabilities = probabilities.cpu()  # drawn there, so that a seed means the same on each device
     if not probabilities.isfinite().all():
         raise NotFiniteError(
-            f"the probabilities are not finite: temperature {sampling.temperature} or "
-            f"repetition_penalty {sampling.repetition_penalty} is too far from 1"
+            f"the probabilities are not finite: temperature {config.temperature} or "
+            f"repetition_penalty {config.repetition_penalty} is too far from 1"
         )
-    draws = [
-        torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)
-    ]
-    return torch.cat(draws).to(logits.device)
+    tokens = []
+    for row, generator in zip(probabilities, generators, strict=True):
+        tokens.append(torch.multinomial(row, 1, generator=generator))
+    return torch.cat(tokens).to(logits.device)
 
 
 class Sampler:
-    """Chooses the next token of each sequence; owns the random generators and the tokens that count as repeated."""
+    """Choose the next token of each sequence.
 
-    def __init__(self, sampling: Sampling, ids: Tensor, mask: Tensor | None, vocab_size: int):
-        """ids int64 [B, S] of the prompts; mask [B, S], 0 for padding, which does not count; None: no padding."""
-        self.sampling = sampling
+    Owns the random generators and the tokens that count as repeated.
+    """
+
+    def __init__(self, config: GenerationConfig, ids: Tensor, mask: Tensor | None, vocab_size: int):
+        """Seed a generator for each sequence, and mark the tokens of the prompts.
+
+        ids: int64 [B, S]; mask [B, S]: 0 for padding, which does not count; None: no padding.
+        """
+        self.config = config
         self.seen: Tensor | None = None  # bool [B, V], only for a repetition penalty
-        if sampling.repetition_penalty != 1:
+        if config.repetition_penalty != 1:
             real = torch.ones_like(ids) if mask is None else mask
             rows, columns = real.nonzero(as_tuple=True)
             self.seen = torch.zeros(len(ids), vocab_size, dtype=torch.bool, device=ids.device)
             self.seen[rows, ids[rows, columns]] = True
         self.generators = [torch.Generator() for _ in range(len(ids))]
         for row, generator in enumerate(self.generators):
-            if sampling.seed is None:
+            if config.seed is None:
                 generator.seed()
-            elif isinstance(sampling.seed, list):
-                generator.manual_seed(sampling.seed[row])
+            elif isinstance(config.seed, list):
+                generator.manual_seed(config.seed[row])
             else:
-                generator.manual_seed(sampling.seed + row)
+                generator.manual_seed(config.seed + row)
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        """Return the next tokens, int64 [B], from logits [B, V]."""
-        tokens = choose(logits, self.seen, self.sampling, self.generators)
+    def __call__(self, logits: Tensor) -> list[int]:
+        """Return the next token of each of B sequences from logits [B, V]."""
+        tokens = sample(logits, self.seen, self.config, self.generators)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
-        return tokens
+        return tokens.tolist()
 
 
-# ------------------------------------------------------------------------------------------------- generation
+# ----------------------------------------------------------------------------- where an answer ends
 def as_ids(name: str, value: object) -> list[int]:
-    """Return the token ids of a field that holds an int, a list of ints or null. Raises ValueError."""
+    """Return the token ids of a field: an int, a list of ints or null; else raise ValueError."""
     values = value if isinstance(value, list) else [value]
-    ids = [id for id in values if id is not None]
-    for id in ids:
+    ids = []
+    for id in values:
+        if id is None:
+            continue
         if isinstance(id, bool) or not isinstance(id, int):
             raise ValueError(f"generation_config.json: {name} is {value!r}, expected token ids")
+        ids.append(id)
     return ids
 
 
 def token_ids(model: Qwen2VL, name: str) -> list[int]:
-    """Return the ids of eos_token_id or pad_token_id: of generation_config.json, else of config.json."""
+    """Return the ids of eos_token_id or pad_token_id in generation_config.json or config.json."""
     value = model.generation_config.get(name)
-    return as_ids(name, getattr(model.config, name) if value is None else value)
+    if value is None:
+        value = getattr(model.config, name)
+    return as_ids(name, value)
 
 
-def end_ids(model: Qwen2VL) -> set[int]:
-    """Return the ids that end an answer: `eos_token_id` in generation_config.json, else in config.json."""
+def eos_token_ids(model: Qwen2VL) -> set[int]:
+    """Return the ids that end an answer, those of `eos_token_id`."""
     return set(token_ids(model, "eos_token_id"))
 
 
-def pad_id(model: Qwen2VL) -> int:
-    """Return the id that fills sequences that have ended; an end id where no usable one is given."""
-    candidates = [*token_ids(model, "pad_token_id"), *sorted(end_ids(model)), 0]
+def pad_token_id(model: Qwen2VL) -> int:
+    """Return the id that fills sequences that have ended: an end id where none is usable."""
+    candidates = [*token_ids(model, "pad_token_id"), *sorted(eos_token_ids(model)), 0]
     return next(id for id in candidates if 0 <= id < model.config.vocab_size)
 
 
@@ -218,8 +243,9 @@ def new_token_limit(settings: dict, prompt_length: int, max_new_tokens: int | No
     """Return how many tokens an answer may have.
 
     settings: the content of generation_config.json. As in the reference (transformers 5.23.0,
-    `GenerationMixin._prepare_generated_length`), the caller's number comes first, then max_new_tokens, then
-    max_length, which counts the prompt. Raises ValueError for an unusable number.
+    `GenerationMixin._prepare_generated_length`), the caller's number comes first, then
+    max_new_tokens, then max_length, which counts the prompt.
+    Raises ValueError for an unusable number.
     """
     if max_new_tokens is not None:
         return max_new_tokens
@@ -249,10 +275,31 @@ def new_token_limits(model: Qwen2VL, batch: Batch, max_new_tokens: int | None) -
     return [new_token_limit(model.generation_config, n, max_new_tokens) for n in lengths]
 
 
-class NotFiniteError(ValueError):
-    """The model computed NaN or infinite logits."""
+class Progress:
+    """Which of B sequences still run.
+
+    A sequence ends with an eos id, or at its number of tokens.
+    """
+
+    def __init__(self, model: Qwen2VL, limits: list[int]):
+        self.eos_token_ids = eos_token_ids(model)
+        self.pad_token_id = pad_token_id(model)
+        self.limits = limits
+        self.count = 0  # of new tokens so far
+        self.running = set(range(len(limits)))
+
+    def advance(self, chosen: list[int]) -> list[int]:
+        """Return the tokens of this step: those chosen, or the pad id after the end."""
+        self.count += 1
+        tokens = [self.pad_token_id] * len(chosen)
+        for row in sorted(self.running):
+            tokens[row] = chosen[row]
+            if chosen[row] in self.eos_token_ids or self.count == self.limits[row]:
+                self.running.remove(row)
+        return tokens
 
 
+# --------------------------------------------------------------------------------------- generation
 class Step(NamedTuple):
     """What one step of the generation gives."""
 
@@ -261,11 +308,15 @@ class Step(NamedTuple):
 
 
 def prefill(model: Qwen2VL, batch: Batch, cache: KVCache) -> Tensor:
-    """Run the prompts, from token cache.length on, through the model, and return the logits [B, V] after them."""
-    device = model.model.norm.weight.device
-    inputs = {name: torch.as_tensor(array, device=device) for name, array in batch.arrays().items()}
+    """Run the prompts, from token cache.length on, through the model.
+
+    Return the logits [B, V] after them.
+    """
+    inputs = {}
+    for name, array in batch.arrays().items():
+        inputs[name] = torch.as_tensor(array, device=cache.keys.device)
     if inputs["attention_mask"].all():
-        inputs["attention_mask"] = None  # without padding no mask is needed: the fastest attention
+        del inputs["attention_mask"]  # without padding none is needed: the fastest attention
     inputs["input_ids"] = inputs["input_ids"][:, cache.length :]
     return model(cache=cache, logits_to_keep=1, **inputs)[:, -1]
 
@@ -273,10 +324,12 @@ def prefill(model: Qwen2VL, batch: Batch, cache: KVCache) -> Tensor:
 def decode_step(model: Qwen2VL, tokens: list[int], cache: KVCache, mask: Tensor | None) -> Tensor:
     """Run one token of each sequence, and return the logits [B, V] after it.
 
-    mask [B, K] over all tokens, these included; None: none is padding. The images are in the cache.
+    mask [B, S]: 0 for the padding of the prompts; None: there is none. The images are in the cache.
     """
     ids = torch.tensor(tokens, device=cache.keys.device)[:, None]  # [B, 1]
-    return model(input_ids=ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1]
+    if mask is not None:
+        mask = F.pad(mask, (0, cache.length + 1 - mask.shape[1]), value=1)  # [B, K]
+    return model(ids, attention_mask=mask, cache=cache, logits_to_keep=1)[:, -1]
 
 
 @torch.inference_mode()
@@ -284,51 +337,80 @@ def generate_steps(
     model: Qwen2VL,
     batch: Batch,
     max_new_tokens: int | None = None,
-    sampling: Sampling | None = None,
+    config: GenerationConfig | None = None,
     cache: KVCache | None = None,
+    decode: Callable[..., Tensor] = decode_step,
 ) -> Iterator[Step]:
-    """Yield the next token of each sequence, with the logits it was chosen from, as soon as it is made.
+    """Yield the next token of each sequence, and the logits it was chosen from, when it is made.
 
-    Ends when every sequence has ended: with any of `end_ids`, which is yielded too, or at its number of tokens.
-    After its end a sequence is filled with the pad id. max_new_tokens and sampling: by default those of
-    generation_config.json. cache: of an earlier turn; batch then holds all tokens, but only the images of the
-    new ones. Raises NotFiniteError instead of choosing among logits that are no numbers.
+    Ends when every sequence has ended: with any of `eos_token_ids`, which is yielded too, or at its
+    number of tokens. After its end a sequence is filled with the pad id.
+    max_new_tokens and config: by default those of generation_config.json.
+    cache: of an earlier turn; batch then holds all tokens, but only the images of the new ones.
+    decode: the decode step, such as a captured one (`cuda_graph.CapturedDecodeStep`).
+    Raises NotFiniteError instead of choosing among logits that are not numbers.
     """
-    sampling = Sampling.of_model(model) if sampling is None else sampling
-    ends, pad = end_ids(model), pad_id(model)
+    if config is None:
+        config = GenerationConfig.from_model(model)
     limits = new_token_limits(model, batch, max_new_tokens)
-    weight = model.model.norm.weight
-    ids = torch.as_tensor(batch.input_ids, device=weight.device)
-    mask = torch.as_tensor(batch.attention_mask, device=weight.device)
+    device = model.model.norm.weight.device
+    ids = torch.as_tensor(batch.input_ids, device=device)
+    attention_mask = torch.as_tensor(batch.attention_mask, device=device)
+    mask = None if attention_mask.all() else attention_mask
     if cache is None:
-        cache = new_cache(model, *ids.shape, max(limits))
-    sampler = Sampler(sampling, ids, mask, model.config.vocab_size)
-    mask = None if mask.all() else mask
+        batch_size, length = ids.shape
+        cache = new_cache(model, batch_size, length, max(limits))
+    sampler = Sampler(config, ids, mask, model.config.vocab_size)
+    progress = Progress(model, limits)
 
     start = int(cache.next_position.max())
     logits = prefill(model, batch, cache)
-    position = int(cache.next_position.max())
-    warn_beyond_training(model, start, position)
-    running = set(range(len(limits)))
-    for count in range(1, max(limits) + 1):
-        check_finite(logits, running)
-        chosen = sampler(logits).tolist()
-        tokens = [id if row in running else pad for row, id in enumerate(chosen)]
-        running = {row for row in running if tokens[row] not in ends and count < limits[row]}
+    prompt_end = int(cache.next_position.max())
+    warn_beyond_training(model, start, prompt_end)
+    for position in itertools.count(prompt_end):
+        check_finite(logits, progress.running)
+        tokens = progress.advance(sampler(logits))
         yield Step(tokens, logits)
-        if not running:
+        if not progress.running:
             return
-        if mask is not None:
-            mask = torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
-        logits = decode_step(model, tokens, cache, mask)
-        warn_beyond_training(model, position + count - 1, position + count)
+        logits = decode(model, tokens, cache, mask)
+        warn_beyond_training(model, position, position + 1)
 
 
-def new_cache(model: Qwen2VL, rows: int, length: int, new_tokens: int) -> KVCache:
-    """Return a cache for prompts of `length` tokens and their answers, with memory for ROOM new tokens at first."""
+def stream(
+    model: Qwen2VL,
+    batch: Batch,
+    max_new_tokens: int | None = None,
+    config: GenerationConfig | None = None,
+    cache: KVCache | None = None,
+    decode: Callable[..., Tensor] = decode_step,
+) -> Iterator[list[int]]:
+    """Yield the next token id of each sequence as a list [B]: the tokens of `generate_steps`."""
+    for step in generate_steps(model, batch, max_new_tokens, config, cache, decode):
+        yield step.tokens
+
+
+def generate(
+    model: Qwen2VL,
+    batch: Batch,
+    max_new_tokens: int | None = None,
+    config: GenerationConfig | None = None,
+) -> list[list[int]]:
+    """Return the new token ids of each sequence, all of one length, as `stream` yields them."""
+    steps = stream(model, batch, max_new_tokens, config)
+    return [list(sequence) for sequence in zip(*steps, strict=True)]
+
+
+def new_cache(model: Qwen2VL, batch_size: int, length: int, new_tokens: int) -> KVCache:
+    """Return a cache for prompts of `length` tokens and their answers.
+
+    At first it has memory for INITIAL_CAPACITY new tokens.
+    """
     weight = model.model.norm.weight
-    capacity = length + min(new_tokens, ROOM)
-    return KVCache(model.config, rows, length + new_tokens, weight.device, weight.dtype, capacity)
+    capacity = length + min(new_tokens, INITIAL_CAPACITY)
+    return KVCache(
+        model.config, batch_size, length + new_tokens, weight.device, weight.dtype, capacity
+    )
 
 
 def check_finite(logits: Tensor, rows: set[int]) -> None:
@@ -359,7 +441,7 @@ def trained_length(config: Config) -> int:
 
 
 def warn_beyond_training(model: Qwen2VL, before: int, after: int) -> None:
-    """Warn when the number of positions in use passes the trained length between `before` and `after`."""
+    """Warn when the number of positions passes the trained length between `before` and `after`."""
     trained = trained_length(model.config)
     if before <= trained < after:
         warnings.warn(
@@ -369,140 +451,107 @@ def warn_beyond_training(model: Qwen2VL, before: int, after: int) -> None:
         )
 
 
-def stream(
-    model: Qwen2VL,
-    batch: Batch,
-    max_new_tokens: int | None = None,
-    sampling: Sampling | None = None,
-    cache: KVCache | None = None,
-) -> Iterator[list[int]]:
-    """Yield the next token id of each sequence, as a list of B ids: the tokens of `generate_steps`."""
-    for step in generate_steps(model, batch, max_new_tokens, sampling, cache):
-        yield step.tokens
+# ------------------------------------------------------------------------------------- command line
+MOVED_OPTIONS = {  # options that have become programs of their own
+    "--chat": "python -m apps.chat",
+    "--batch": "python -m apps.batch QUESTIONS --out ANSWERS",
+    "--dry-run": "python -m apps.estimate",
+    "--draw": "python -m apps.grounding --out FILE",
+    "--logprobs": "python -m apps.logprobs",
+    "--explain": "python -m apps.trace",
+    "--report": "python -m apps.attention_report --out HTML",
+}
 
 
-def generate(
-    model: Qwen2VL,
-    batch: Batch,
-    max_new_tokens: int | None = None,
-    sampling: Sampling | None = None,
-) -> list[list[int]]:
-    """Return the new token ids of each sequence, all of one length, as `stream` yields them."""
-    return [list(row) for row in zip(*stream(model, batch, max_new_tokens, sampling), strict=True)]
+class MovedOption(argparse.Action):
+    """End with one sentence that names the program which an option has become."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        option = self.option_strings[0]
+        parser.error(f"{option} is now a program: {MOVED_OPTIONS[option]}")
 
 
-# ----------------------------------------------------------------------------------------------- command line
-def run(arguments: argparse.Namespace) -> None:
-    """Load, ask and print. Raises OSError or ValueError with one sentence for whatever the user can fix."""
-    from extras import command_line
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, checked. Exits with code 2 as argparse does."""
+    parser = command_line.build_parser(
+        "Answer a question about images and videos with Qwen2-VL. "
+        "The answer goes to stdout, all else to stderr."
+    )
+    command_line.add_debug_options(parser)
+    for option in MOVED_OPTIONS:
+        parser.add_argument(option, nargs="?", action=MovedOption, help=argparse.SUPPRESS)
+    arguments = command_line.parse_arguments(parser, argv)
+    command_line.check_debug_options(parser, arguments)
+    return arguments
 
-    def say(line: str) -> None:
-        if not arguments.quiet:
-            print(line, file=sys.stderr, flush=True)
 
-    single = not (arguments.chat or arguments.batch)
-    messages = command_line.first_messages(arguments)  # with its checks, before anything is read
-    folder = find_folder(arguments.model or TINY, weights=not arguments.dry_run)
-    check_supported(folder)  # first: what is wrong is the checkpoint, not a file that it lacks
-    processor = command_line.load_processor(arguments, folder)
-    start = time.perf_counter()
-    batch = processor(messages, add_vision_id=arguments.add_vision_id) if single else None
-    preparing = time.perf_counter() - start  # before the model: a wrong path does not wait for it
-    if arguments.dry_run:
-        return estimate(arguments, folder, processor, batch)
-    for media in batch.media if single else ():
-        say(media.summary(processor.image_config))
-    dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    start = time.perf_counter()
-    model = load_model(folder, arguments.device, dtype, arguments.attention, arguments.quantize)
-    processor.check_model(model.config)
-    say(command_line.loaded(arguments, model, time.perf_counter() - start))
+def choose_generation_config(arguments: argparse.Namespace, model: Qwen2VL) -> GenerationConfig:
+    """Return the model's recommended settings with what the command line replaces of them."""
+    options = command_line.sampling_options(arguments)
+    config = GenerationConfig.from_model(model, **options)
+    if not config.do_sample:
+        return config
+    values = [f"temperature {config.temperature}", f"top_k {config.top_k}"]
+    values += [f"top_p {config.top_p}", f"repetition_penalty {config.repetition_penalty}"]
+    if config.seed is not None:
+        values.append(f"seed {config.seed}")
+    logger.info("sampling: %s", ", ".join(values))
+    if config.top_k == 1 and options.keys() & {"temperature", "top_p", "seed"}:
+        logger.info(
+            "note: top_k is 1 in the model's generation_config.json, which leaves one choice; "
+            "add --top-k 0"
+        )
+    return config
+
+
+def choose_decode_step(arguments: argparse.Namespace, model: Qwen2VL) -> Callable[..., Tensor]:
+    """Return `decode_step`, or with --cuda-graph its captured form."""
     if arguments.cuda_graph:
-        from extras import cuda_graph
-
-        cuda_graph.use(model)
-    sampling = command_line.choose_sampling(arguments, model, say)
-    with ExitStack() as stack:
-        if arguments.debug_nan:
-            from extras import debug_nan
-
-            stack.enter_context(debug_nan.watch(model))
-        if arguments.chat:
-            from extras import chat
-
-            return chat.run(arguments, model, processor, sampling, messages)
-        if arguments.batch:
-            from extras import batch_file
-
-            return batch_file.run(arguments, model, processor, sampling)
-        return answer(arguments, model, processor, batch, sampling, say, preparing)
+        return cuda_graph.CapturedDecodeStep(model, decode_step)
+    return decode_step
 
 
-def estimate(
-    arguments: argparse.Namespace, folder: Path, processor: Processor, batch: Batch | None
-) -> None:
-    """Print what `--dry-run` counts."""
-    from extras import dry_run
-
-    settings = {}
-    if (folder / "generation_config.json").is_file():
-        settings = read_json(folder, "generation_config.json")
-    length = 0 if batch is None else batch.input_ids.shape[1]
-    arguments.max_new_tokens = new_token_limit(settings, length, arguments.max_new_tokens)
-    dry_run.run(arguments, folder, processor, batch)
+@contextlib.contextmanager
+def debugging(arguments: argparse.Namespace, model: Qwen2VL) -> Iterator[None]:
+    """Within it, --debug-nan names the first module whose output is not finite."""
+    if not arguments.debug_nan:
+        yield
+        return
+    with watch_modules(model):
+        yield
 
 
-def answer(
-    arguments: argparse.Namespace,
-    model: Qwen2VL,
-    processor: Processor,
-    batch: Batch,
-    sampling: Sampling,
-    say: Callable[[str], None],
-    preparing: float,
-) -> None:
-    """Stream the answer to one conversation to stdout; `preparing` is the time in seconds that batch took."""
-    from extras import command_line
+def answer_question(arguments: argparse.Namespace) -> None:
+    """Stream the answer to one question to stdout.
 
-    words, times = StreamDecoder(processor.tokenizer), [time.perf_counter() - preparing]
-    with command_line.watching(arguments, model, processor, batch, preparing) as watch:
-        for step in generate_steps(model, batch, arguments.max_new_tokens, sampling):
+    Raises OSError or ValueError with one sentence.
+    """
+    GenerationConfig(**command_line.sampling_options(arguments))  # checked before anything is read
+    session = command_line.open_session(arguments)
+    model = session.model
+    config = choose_generation_config(arguments, model)
+    decode = choose_decode_step(arguments, model)
+    decoder = StreamDecoder(session.processor.tokenizer)
+    times = [time.perf_counter() - session.seconds]
+    with debugging(arguments, model):
+        steps = stream(model, session.batch, arguments.max_new_tokens, config, decode=decode)
+        for (token,) in steps:
             times.append(time.perf_counter())
-            command_line.put(words.push(step.tokens[0]))
-            watch(step)
-        command_line.put(words.finish(), end="\n")
-        say(command_line.spent(model, batch, times))
+            command_line.put(decoder.push(token))
+        command_line.put(decoder.finish(), end="\n")
+    logger.info(command_line.describe_answer(model, session.batch.input_ids.shape[1], times))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, or 2 after one sentence on stderr about what was wrong.
-
-    130 after Ctrl-C, 141 where nobody reads stdout any more.
-    """
-    from extras import command_line
-
-    arguments = command_line.parse_arguments(argv)
-    try:
-        run(arguments)
-    except BrokenPipeError:
-        return 141
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except Exception as error:
-        sentence = command_line.error_sentence(error)
-        if sentence is None:
-            raise
-        print(f"generate.py: {sentence}", file=sys.stderr)
-        return 2
-    return 0
+    """Run the command line and return its exit code (see `command_line.run_main`)."""
+    return command_line.run_main("generate.py", answer_question, parse_arguments(argv))
 
 
 if __name__ == "__main__":
-    import generate  # under its name, so that the extras that import it find this very module
-    from extras import command_line
-
-    warnings.formatwarning = lambda message, *_: f"generate.py: {message}\n"  # without the code
-    linear.prefer_pytorch_gemv()
-    command_line.prepare_streams()
-    sys.exit(command_line.close_output(generate.main()))
+    command_line.run_program("generate.py", main)

@@ -1,9 +1,11 @@
-"""The linear layer that the model is built of: which of PyTorch's CPU kernels computes it, and int8 and int4 weights.
+"""The linear layer of the model: its CPU kernels, and its weights in int8 and int4.
 
-A matmul of a few rows is limited by reading its weights from memory, one of many rows by arithmetic, so the best
-kernel differs, and so does the best dtype. What each choice gains is measured in benchmarks/README.md.
+A matmul of a few rows is limited by reading its weights from memory, one of many rows by
+arithmetic, so the best kernel differs, and so does the best dtype. What each choice gains is
+measured in benchmarks/README.md.
 
-Shapes: rows, all dimensions but the last of x together; in and out, the two widths of a weight [out, in].
+Shapes: rows, all dimensions but the last of x together;
+        in and out, the two widths of a weight [out, in].
 """
 
 from __future__ import annotations
@@ -18,15 +20,19 @@ MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight take
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x weightᵀ + bias by oneDNN. In float32, where PyTorch itself uses MKL, up to twice as fast."""
+    """Return x weightᵀ + bias by oneDNN.
+
+    In float32, where PyTorch itself uses MKL, up to twice as fast.
+    """
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def has_fast_half_matmul(dtype: torch.dtype) -> bool:
-    """Return whether this processor multiplies matrices of the dtype at more than float32's rate."""
+    """Return whether this processor multiplies matrices of the dtype faster than float32."""
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    # oneDNN supports bfloat16 on every processor with AVX-512, but without the instructions for it at a third.
+    # oneDNN supports bfloat16 on every processor with AVX-512, but without the
+    # instructions for it at a third.
     emulated = (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
         and not torch.cpu._is_avx512_bf16_supported()
@@ -35,7 +41,7 @@ def has_fast_half_matmul(dtype: torch.dtype) -> bool:
 
 
 def has_onednn_kernel(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN multiplies matrices of the dtype, float16 or bfloat16, at whatever rate."""
+    """Return whether oneDNN multiplies matrices of the dtype, float16 or bfloat16, at any rate."""
     if dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -44,25 +50,29 @@ def has_onednn_kernel(dtype: torch.dtype) -> bool:
 def prefer_pytorch_gemv() -> None:
     """Make `F.linear` of a single bfloat16 row use PyTorch's own kernel, in the whole process.
 
-    A program calls this once, before it starts threads. PyTorch has no other way to reach that kernel: every
-    operator that multiplies a matrix by a vector asks this one process-wide switch. Without the call all results
-    are as exact and decoding in bfloat16 is slower. `cpu_matmul` calls oneDNN by name where that is faster, whatever
-    the switch, so only the patch embedding and eager attention lose by it.
+    A program calls this once, before it starts threads. PyTorch has no other way to reach that
+    kernel: every operator that multiplies a matrix by a vector asks this one process-wide switch.
+    Without the call all results are as exact and decoding in bfloat16 is slower. `cpu_matmul`
+    calls oneDNN by name where that is faster, whatever the switch, so only eager attention loses
+    by it.
 
-    Microseconds for one row, medians of interleaved runs, AMD EPYC with AVX512_BF16, 2 threads, torch 2.13:
+    Microseconds for one row, medians of interleaved runs, AMD EPYC with
+    AVX512_BF16, 2 threads, torch 2.13:
 
         weight [out, in]        8960×1536  1536×8960  1536×1536  151936×1536
         PyTorch's own kernel          778       1123        124        11021
         oneDNN (F.linear, mm)        1365       1387        229        22771
         torch.mv, torch.addmv        1645       1471        308        33337
-        oneDNN, packed weight        1075       1048        198        17515  (a second copy of the weights)
+        oneDNN, packed weight*       1075       1048        198        17515
         conv2d of a 1×1 image        2671       2140        417       160650
+
+    * a second copy of the weights
     """
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a bool by its descriptor
 
 
 def cpu_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weightᵀ + bias without gradients, by the fastest kernel that changes no global state.
+    """Return x weightᵀ + bias, without gradients, by the fastest kernel without global state.
 
     x [..., in], weight [out, in], bias [out], all on the CPU → [..., out] in x's dtype.
     """
@@ -81,23 +91,32 @@ def cpu_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return onednn_linear(x, weight, bias)
 
 
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weightᵀ + bias as `F.linear`; on the CPU and without gradients by the fastest kernel."""
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        return cpu_matmul(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
 class Linear(nn.Linear):
-    """`nn.Linear`, which on the CPU and without gradients takes the fastest kernel."""
+    """`nn.Linear` by `fast_linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x weightᵀ + bias: x [..., in] → [..., out]."""
-        if x.device.type == "cpu" and not torch.is_grad_enabled():
-            return cpu_matmul(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return fast_linear(x, self.weight, self.bias)
 
 
 def quantize_in_chunks(
     quantize: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return what `quantize` makes of the rows of weight [out, in] in float32, as many at a time as a cache holds."""
+    """Return what `quantize` makes of the rows of weight [out, in], upcast to float32.
+
+    It gets as many rows at a time as a cache holds.
+    """
     numbers = []
     scales = []
-    for rows in weight.detach().split(256):
+    chunk = len(weight) if weight.is_meta else 256  # each chunk costs time, also without values
+    for rows in weight.detach().split(chunk):
         chunk_numbers, chunk_scales = quantize(rows.float())
         numbers.append(chunk_numbers)
         scales.append(chunk_scales)
@@ -110,8 +129,8 @@ def quantize_in_chunks(
 class Int8Linear(nn.Module):
     """A linear layer whose weights are integers from -127 to 127, with a scale for each output.
 
-    The activations keep their dtype, but for a few rows on the CPU: those are rounded to bfloat16, which the kernel
-    that reads bytes requires. Source: arXiv 2208.07339 §2, for the weights alone.
+    The activations keep their dtype, but for a few rows on the CPU: those are rounded to bfloat16,
+    which the kernel that reads bytes requires. Source: arXiv 2208.07339 §2, for the weights alone.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -144,9 +163,9 @@ class Int8Linear(nn.Module):
 class Int4Linear(nn.Module):
     """A linear layer whose weights are integers from 0 to 15, on the CPU alone.
 
-    GROUP neighbors of a row share a scale and an offset: weight = (number - 8) · scale + offset. One kernel serves
-    any number of rows, in bfloat16; for long prompts it is slower than plain weights. Raises ValueError for a width
-    without whole groups.
+    GROUP neighbors of a row share a scale and an offset: weight = (number - 8) · scale + offset.
+    One kernel serves any number of rows, in bfloat16; for long prompts it is slower than plain
+    weights. Raises ValueError for a width without whole groups.
     """
 
     GROUP = 32
@@ -165,7 +184,7 @@ class Int4Linear(nn.Module):
 
     @classmethod
     def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the packed values, and scales and offsets [n, in / GROUP, 2], of float32 rows [n, in]."""
+        """Return float32 rows [n, in] packed, and scales and offsets [n, in / GROUP, 2]."""
         rows = F.pad(rows, (0, 0, 0, -len(rows) % 16))  # the kernel takes multiples of sixteen
         groups = rows.unflatten(1, (-1, cls.GROUP))
         low = groups.amin(2)  # [n, in / GROUP]
@@ -189,10 +208,11 @@ QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def quantize_linears(model: nn.Module, bits: str) -> None:
-    """Replace the linear layers of a Qwen2VL's decoder and head by quantized ones; bits: "int8" or "int4".
+    """Replace the linear layers of a Qwen2VL's decoder and head by "int8" or "int4" ones.
 
-    The vision encoder works on many rows at once, which fewer bits would not make faster, so it keeps its weights;
-    so does the embedding table, which is only looked up. Raises ValueError where that is not possible.
+    The vision encoder works on many rows at once, which fewer bits would not make faster, so
+    it keeps its weights; so does the embedding table, which is only looked up.
+    Raises ValueError where that is not possible.
     """
     if bits not in QUANTIZED:
         raise ValueError(f"quantize is {bits!r}, expected 'int8', 'int4' or None")

@@ -1,8 +1,8 @@
-"""A checkpoint, by directory or hub name → a `Qwen2VL` with its weights; and the way back.
+"""A checkpoint → a `Qwen2VL` with its weights; and the way back.
 
-The model is built without memory ("meta" device), the files are memory-mapped, and each mapped tensor becomes the
-parameter itself: nothing is initialized at random first, and there is no second copy of the weights. A tensor is
-copied only where its dtype or device is not that of the model.
+The model is built without memory ("meta" device), the files are memory-mapped, and each mapped
+tensor becomes the parameter itself: nothing is initialized at random first, and there is no second
+copy of the weights. A tensor is copied only where its dtype or device is not that of the model.
 
 Source: the published checkpoints, and the directories that transformers 4.45, 4.57 and 5.23 write.
 """
@@ -15,11 +15,10 @@ import os
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -28,255 +27,30 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import linear
-from extras import hub
+from checkpoint_files import (
+    WEIGHTS,
+    check_not_quantized,
+    check_supported,
+    find_checkpoint,
+    first_few,
+    naming,
+    open_shard,
+    weight_files,
+)
+from json_files import read_json
 from qwen2vl import Config, Qwen2VL, VisionConfig
-from tokenizer import read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-# ------------------------------------------------------------------------------------------ the checkpoint's files
-def find_folder(name_or_folder: str | Path, weights: bool = True) -> Path:
-    """Return the directory of a checkpoint: a directory itself, or the downloaded snapshot of a hub name.
-
-    A `~` at the start is the home directory. weights: whether they are downloaded with the other files.
-    Raises FileNotFoundError if it is neither a directory nor a hub name, OSError if the download fails.
-    """
-    name = str(name_or_folder)
-    path = Path(name_or_folder)
-    with suppress(RuntimeError):  # a user that does not exist: then there is no such directory
-        path = path.expanduser()
-    if path.is_dir() and name:
-        return path
-    if path.name.lower().endswith(".gguf"):
-        raise FileNotFoundError(gguf_refusal(name))
-    if path.exists() and name:
-        raise FileNotFoundError(
-            f"{name} is a file; expected a checkpoint directory, such as the one that holds it, or a hub name"
-        )
-    if name.count("/") != 1 or name[0] in "./~":
-        raise FileNotFoundError(
-            f"no folder {name}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct"
-        )
-    return hub.snapshot(name, weights)
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a directory: `model.safetensors`, else the shards that the index names.
-
-    Warns of an index beside a `model.safetensors`, which is ignored as in the reference.
-    Raises FileNotFoundError for files that are missing, ValueError for an index that is damaged.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        if (folder / INDEX).is_file():
-            warnings.warn(
-                f"{folder} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} is used", stacklevel=2
-            )
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise FileNotFoundError(explain_no_weights(folder))
-    names = shard_names(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {first_few(missing)}, named by {INDEX}")
-    return [folder / name for name in names]
-
-
-def shard_names(folder: Path) -> list[str]:
-    """Return the sorted file names in the index, each of them in the index's own directory."""
-    path = folder / INDEX
-    weight_map = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(
-            f"{path}: weight_map: expected an object that names the file of each tensor, "
-            f"got {reprlib.repr(weight_map)}"
-        )
-    for name in weight_map.values():
-        is_file_name = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
-        if not is_file_name:
-            raise ValueError(
-                f"{path}: weight_map: expected names of safetensors files in the same directory, "
-                f"got {reprlib.repr(name)}"
-            )
-    return sorted(set(weight_map.values()))
-
-
-def explain_no_weights(folder: Path) -> str:
-    """Return the sentence for a directory without safetensors weights under the names that are read."""
-    names = sorted(path.name for path in folder.iterdir())
-    if any(name.endswith(".gguf") for name in names):
-        return gguf_refusal(folder)
-    others = [name for name in names if re.search(r"\.(bin|pth|pt|ckpt|h5|msgpack|npz)$", name)]
-    if others:
-        return (
-            f"{folder} lacks {WEIGHTS} and holds {first_few(others)}: only safetensors files are "
-            "read, as those of pickle can run code; convert the checkpoint with transformers' save_pretrained"
-        )
-    others = [name for name in names if name.endswith(".safetensors")]
-    if others:
-        return f"{folder} lacks {WEIGHTS} or {INDEX}, which would name {first_few(others)}"
-    return f"{folder} lacks {WEIGHTS}"
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn any error of the safetensors library inside the block into a ValueError that names the file."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in its Rust code is no Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
-
-
-def open_shard(path: Path) -> safe_open:
-    """Memory-map a safetensors file. Raises ValueError naming it if it is empty, cut off or of another format."""
-    with naming(path), open(path, "rb") as file:
-        start = file.read(32)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
-        )
-    with naming(path):
-        return safe_open(path, framework="pt")
-
-
-def first_few(names: list[str], limit: int = 3) -> str:
-    """Return the first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-# ------------------------------------------------------------------------------- checkpoints that cannot be loaded
-# Methods by their `quant_method` in config.json; others are named as they are there.
-METHODS = {
-    "awq": "AWQ",
-    "gptq": "GPTQ",
-    "fp8": "FP8",
-    "fbgemm_fp8": "FBGEMM FP8",
-    "hqq": "HQQ",
-    "eetq": "EETQ",
-    "aqlm": "AQLM",
-    "mlx": "MLX",
-}
-# Endings of tensor names that only quantized weights and adapters have; the first that is found decides.
-QUANTIZED_ENDINGS = {
-    ".qweight": "AWQ or GPTQ",
-    ".qzeros": "AWQ or GPTQ",
-    ".SCB": "bitsandbytes",
-    ".absmax": "bitsandbytes",
-    ".quant_map": "bitsandbytes",
-    ".weight_packed": "compressed-tensors",
-    ".weight_scale": "FP8 or compressed-tensors",
-    ".weight_scale_inv": "FP8",
-    ".input_scale": "FP8",
-    ".codebooks": "AQLM",
-    ".W_q": "HQQ",
-    ".weight_scales": "EETQ",
-    ".weight._data": "quanto",
-    ".weight._scale": "quanto",
-    ":qdata": "torchao",
-    ".weight_qdata": "torchao",
-    ".scales": "MLX",
-}
-FULL_PRECISION = {  # by hidden_size
-    1536: "Qwen/Qwen2-VL-2B-Instruct",
-    3584: "Qwen/Qwen2-VL-7B-Instruct",
-    8192: "Qwen/Qwen2-VL-72B-Instruct",
-}
-
-
-def check_supported(folder: str | Path) -> None:
-    """Raise ValueError or FileNotFoundError for a directory that holds no full-precision Qwen2-VL checkpoint.
-
-    The sentence names what it holds instead (an adapter, GGUF files, quantized weights, another model) and what to
-    use. Reads config.json and the names of files, not the weights. A directory with nothing of that passes: the
-    readers of its files say what is missing.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise ValueError(adapter_refusal(folder))
-        if any(folder.glob("*.gguf")):
-            raise ValueError(gguf_refusal(folder))
-        return
-    raw_config = read_json(folder, "config.json")
-    model_type = raw_config.get("model_type")
-    if model_type != "qwen2_vl":
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type: expected 'qwen2_vl', got {reprlib.repr(model_type)}: "
-            "only Qwen2-VL checkpoints can be loaded"
-        )
-    method = quantization_method(raw_config)
-    if method is not None:
-        raise ValueError(quantized_refusal(folder, method, raw_config))
-    if any(folder.glob("adapter_model.*")):
-        raise ValueError(adapter_refusal(folder))
-
-
-def quantization_method(raw_config: dict) -> str | None:
-    """Return the name of the method, with its bits, that config.json says the weights are quantized with."""
-    found = None
-    for part in (raw_config, raw_config.get("text_config")):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            found = found or (isinstance(part, dict) and part.get(key))
-    if not found:
-        return None
-    if not isinstance(found, dict):
-        return reprlib.repr(found)
-    method = found.get("quant_method")
-    bits = found.get("bits", found.get("w_bit"))
-    if method is None and "group_size" in found:
-        method = "mlx"
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
-        method = method or "bitsandbytes"
-        bits = 4 if found.get("load_in_4bit") else 8
-    name = METHODS.get(str(method).lower(), str(method or "an unnamed method"))
-    return f"{name} ({bits} bits)" if isinstance(bits, int) else name
-
-
-def quantized_refusal(folder: Path, method: str, raw_config: dict) -> str:
-    """Return the sentence for quantized weights, with the full-precision checkpoint of the same size."""
-    text_config = raw_config.get("text_config")
-    width = raw_config.get("hidden_size")
-    if isinstance(text_config, dict):
-        width = text_config.get("hidden_size", width)
-    names = [name for hidden_size, name in FULL_PRECISION.items() if hidden_size == width]
-    example = (names or ["Qwen/Qwen2-VL-2B-Instruct"])[0]
-    return (
-        f"the weights in {folder} are quantized with {method}, which cannot be loaded: use the "
-        f"full-precision checkpoint, such as {example}, with --quantize int8 or int4 to save memory"
-    )
-
-
-def gguf_refusal(source: str | Path) -> str:
-    """Return the sentence for weights in the GGUF format."""
-    return (
-        f"{source} holds weights in the GGUF format of llama.cpp, which cannot be loaded: use the "
-        "safetensors checkpoint, such as Qwen/Qwen2-VL-2B-Instruct, with --quantize int8 or int4 to save memory"
-    )
-
-
-def adapter_refusal(folder: Path) -> str:
-    """Return the sentence for a LoRA adapter, with the name of its base model."""
-    base = None
-    with suppress(OSError, ValueError):  # the name is an extra: the sentence holds without it
-        base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
-    base = base if isinstance(base, str) and base else "its base model"
-    return (
-        f"{folder} holds an adapter (LoRA) for {base}, which cannot be loaded: merge it into the "
-        "base model with PEFT's merge_and_unload, and use the directory of the merged model"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- config.json
-# Fields of config.json that are no fields of our two classes: read under another name, or without effect here.
+# -------------------------------------------------------------------------------------- config.json
+# Fields of config.json that are no fields of our two classes: read under
+# another name, or without effect here.
 OTHER_FIELDS = {
-    "text_config", "rope_parameters", "layer_types", "in_chans", "architectures", "auto_map", "dtype", "torch_dtype",
-    "_name_or_path", "initializer_range", "model_type", "spatial_patch_size", "transformers_version", "use_cache",
+    "text_config", "rope_parameters", "layer_types", "in_chans", "architectures", "auto_map",
+    "dtype", "torch_dtype", "_name_or_path", "initializer_range", "model_type",
+    "spatial_patch_size", "transformers_version", "use_cache",
     "vision_token_id", "quantization_config", "quantization", "compression_config",
 }  # fmt: skip
 
@@ -284,10 +58,12 @@ OTHER_FIELDS = {
 def load_config(folder: str | Path) -> Config:
     """Return the configuration in config.json, from any of its three layouts.
 
-    Flat (the hub): the decoder's fields are at the top level. Flat with a `text_config` (transformers 4.57): some
-    fields appear twice, and `text_config` wins. Nested (5.x): the decoder's fields are in `text_config` alone, and
-    RoPE in `rope_parameters`. A flag for tied embeddings counts in either place.
-    Warns of each unknown field. Raises FileNotFoundError or ValueError that name the file and the field.
+    Flat (the hub): the decoder's fields are at the top level. Flat with a `text_config`
+    (transformers 4.57): some fields appear twice, and `text_config` wins. Nested (5.x): the
+    decoder's fields are in `text_config` alone, and RoPE in `rope_parameters`. A flag for tied
+    embeddings counts in either place.
+    Warns of each unknown field.
+    Raises FileNotFoundError or ValueError that name the file and the field.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -326,7 +102,7 @@ def section(raw_config: dict, name: str) -> dict:
 
 
 def decoder_values(raw_config: dict, text: dict) -> dict:
-    """Return the decoder's fields in the flat layout, where both levels hold one that of `text_config`."""
+    """Return the decoder's fields in the flat layout; those of `text_config` come first."""
     values = raw_config | text
     rope = {"mrope_section": [16, 24, 24]}  # where the file has none, as in the reference
     rope |= (
@@ -347,7 +123,7 @@ def decoder_values(raw_config: dict, text: dict) -> dict:
 
 
 def known_values(cls: type, values: dict) -> dict:
-    """Return the entries that are fields of the dataclass; a null counts only where the field may be None."""
+    """Return the entries that are fields of the dataclass, nulls only where these are allowed."""
     known = {}
     for field in fields(cls):
         if field.name not in values:
@@ -359,7 +135,10 @@ def known_values(cls: type, values: dict) -> dict:
 
 
 def unknown_fields(cls: type, values: dict, prefix: str) -> list[str]:
-    """Return the sorted names of the entries that are neither fields of the dataclass nor known to have no effect."""
+    """Return the sorted names of unknown entries.
+
+    Those are neither fields of the dataclass nor known to have no effect.
+    """
     names = values.keys() - OTHER_FIELDS - {field.name for field in fields(cls)}
     return [prefix + name for name in sorted(names)]
 
@@ -378,17 +157,18 @@ def check_layer_types(config: Config, layer_types: object) -> None:
 
 
 def check_vision_rope(vision: dict) -> None:
-    """Raise ValueError if the vision encoder's RoPE has another base than the one that is computed."""
+    """Raise ValueError if the vision encoder's RoPE has a base that is not implemented."""
     theta = section(vision, "rope_parameters").get("rope_theta", 10000)
     if theta != 10000:
         raise ValueError(f"vision_config's rope_theta: expected 10000, got {theta!r}")
 
 
 def checkpoint_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype that a checkpoint is loaded in: config.json's, else that of its first floating-point tensor.
+    """Return the dtype that a checkpoint is loaded in.
 
-    Tensors of other dtypes in the files are cast to it, as in the reference. float8 never counts: without scales it
-    is a way of storing, not of computing.
+    It is that of config.json, else that of the first floating-point tensor.
+    Tensors of other dtypes in the files are cast to it, as in the reference. float8 never counts:
+    without scales it is a way of storing, not of computing.
     """
     raw_config = read_json(folder, "config.json")
     text = raw_config.get("text_config")
@@ -411,7 +191,7 @@ def parse_dtype(name: object, path: Path) -> torch.dtype:
 
 
 def first_dtype(path: Path) -> torch.dtype:
-    """Return the dtype of the first tensor of 16 or more bits per floating-point number, float32 if there is none."""
+    """Return the dtype of the first floating-point tensor of 16 or more bits, else float32."""
     stored_dtypes = {
         "F64": torch.float64,
         "F32": torch.float32,
@@ -427,7 +207,7 @@ def first_dtype(path: Path) -> torch.dtype:
     return torch.float32
 
 
-# -------------------------------------------------------------------------------------------------------- tensors
+# ------------------------------------------------------------------------------------------ tensors
 class StoredTensor(NamedTuple):
     """A tensor in a safetensors file."""
 
@@ -450,10 +230,10 @@ class StoredTensor(NamedTuple):
 
 
 def parameter_name(name: str) -> str:
-    """Return a tensor's name in the hub's layout, which is its name in `Qwen2VL`, from that in any layout.
+    """Return a tensor's name in `Qwen2VL`, which is that of the hub, from that in any layout.
 
-    transformers 5.x nests both halves under `model.`, a save of its bare model has them at the top, and a save of a
-    model within a model has one `model.` too many.
+    transformers 5.x nests both halves under `model.`, a save of its bare model has them at the top,
+    and a save of a model within a model has one `model.` too many.
     """
     name = re.sub(
         r"^(?:model\.|language_model\.)*(?=(?:model|visual|language_model|lm_head)\.)", "", name
@@ -462,7 +242,7 @@ def parameter_name(name: str) -> str:
 
 
 def common_prefix(names: list[str], expected: set[str]) -> str:
-    """Return the prefix of all names ("module.", "_orig_mod.") without which most of them are expected ones."""
+    """Return the prefix of all names ("module.", "_orig_mod.") without which most are expected."""
     shared = [""]
     for dot in re.finditer(r"\.", names[0] if names else ""):
         prefix = names[0][: dot.end()]
@@ -476,9 +256,11 @@ def common_prefix(names: list[str], expected: set[str]) -> str:
 
 
 def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTensor]:
-    """Return every tensor of the files under the name of its parameter. Stored `inv_freq` buffers are left out.
+    """Return every tensor of the files under the name of its parameter.
 
-    Warns of a prefix that is removed from all names. Raises ValueError for two tensors with one name.
+    Stored `inv_freq` buffers are left out.
+    Warns of a prefix that is removed from all names.
+    Raises ValueError for two tensors with one name.
     """
     tensors = []
     for path in paths:
@@ -492,7 +274,7 @@ def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTenso
             f"all tensors in {paths[0].parent} are named {prefix}…: the prefix is removed",
             stacklevel=3,
         )
-    stored = {}
+    stored: dict[str, StoredTensor] = {}
     for tensor in tensors:
         name = parameter_name(tensor.key.removeprefix(prefix))
         if name in stored:
@@ -505,20 +287,11 @@ def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTenso
     return stored
 
 
-def check_not_quantized(folder: Path, names: list[str]) -> None:
-    """Raise ValueError if the names are those of quantized weights or of an adapter, which config.json omits."""
-    if any(".lora_A." in name or ".lora_B." in name for name in names):
-        raise ValueError(adapter_refusal(folder))
-    if any(".quant_state." in name for name in names):
-        method = "bitsandbytes"
-        raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
-    for ending, method in QUANTIZED_ENDINGS.items():
-        if any(name.endswith(ending) for name in names):
-            raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
-
-
 def described(folder: Path) -> str:
-    """Return "Qwen2-VL", and the architecture in config.json if that is another (a reward model for example)."""
+    """Return "Qwen2-VL", with the architecture in config.json if that is another.
+
+    A reward model has another, for example.
+    """
     architectures = read_json(folder, "config.json").get("architectures")
     if not architectures or "Qwen2VLForConditionalGeneration" in architectures:
         return "Qwen2-VL"
@@ -528,7 +301,10 @@ def described(folder: Path) -> str:
 def check_tensors(
     folder: Path, expected: dict[str, list[int]], stored: dict[str, StoredTensor]
 ) -> None:
-    """Raise ValueError with the first few tensors that are missing, unknown, misshapen or not floating point."""
+    """Raise ValueError with the first few tensors that do not fit.
+
+    Those are missing, unknown, misshapen or not floating point.
+    """
     missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
     unknown = []
     misshapen = []
@@ -559,10 +335,11 @@ def check_tensors(
 
 
 def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.dtype) -> None:
-    """Where config.json ties the head to the embeddings, find the one tensor for both, or untie two that differ.
+    """Find the one tensor for tied head and embeddings, or untie two that differ.
 
-    A tensor under either name serves both. If both are stored and equal in the model's dtype, the head is left out of
-    `stored`. If they differ, both are kept, `config.tie_word_embeddings` becomes false, and a warning says so.
+    A tensor under either name serves both. If both are stored and equal in the model's dtype, the
+    head is left out of `stored`. If they differ, both are kept, `config.tie_word_embeddings`
+    becomes false, and a warning says so.
     Source: transformers 5.23.0, `PreTrainedModel.tie_weights`.
     """
     if not config.tie_word_embeddings or HEAD not in stored:
@@ -581,22 +358,28 @@ def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.d
     config.tie_word_embeddings = False
 
 
-# ------------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 class SkipInitialization(TorchFunctionMode):
-    """Within it, parameters are not drawn at random: they are about to be loaded. It holds for one thread alone.
+    """Within it, parameters are not drawn at random: they are about to be loaded.
 
-    (Drawing them on the meta device would also import PyTorch's compiler, which takes longer than loading a small
-    model.)
+    It holds for one thread alone. (Drawing them on the meta device would also import PyTorch's
+    compiler, which takes longer than loading a small model.)
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
         if function in (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_):
             return kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def empty_model(config: Config, attn_implementation: str = "sdpa") -> Qwen2VL:
-    """Return a model whose parameters have shapes and no memory. Raises ValueError for sizes beyond any memory."""
+    """Return a model whose parameters have shapes and no memory.
+
+    Raises ValueError for sizes beyond any memory.
+    """
     try:
         with torch.device("meta"), SkipInitialization():
             return Qwen2VL(config, attn_implementation)
@@ -616,12 +399,15 @@ def load_model(
 ) -> Qwen2VL:
     """Return the checkpoint as a model in eval mode.
 
-    device: by default CUDA where there is one, else the CPU. dtype: of all parameters, by default `checkpoint_dtype`.
-    attn_implementation: "eager", "sdpa", "flash", or "auto": flash-attn where it is installed and can run, else sdpa.
+    device: by default CUDA where there is one, else the CPU. dtype: of all parameters,
+    by default `checkpoint_dtype`.
+    attn_implementation: "eager", "sdpa", "flash", or "auto": flash-attn where it is
+    installed and can run, else sdpa.
     quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits.
-    Raises OSError or ValueError: one sentence that names the file, tensor or field that cannot be loaded.
+    Raises OSError or ValueError: one sentence that names the file, tensor
+    or field that cannot be loaded.
     """
-    folder = find_folder(name_or_folder)
+    folder = find_checkpoint(name_or_folder)
     config = load_config(folder)
     device = find_device(device)
     paths = weight_files(folder)
@@ -665,7 +451,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return the attention implementation: the wanted one, or what "auto" stands for on this device.
+    """Return the attention implementation: the wanted one, or what "auto" means on this device.
 
     Raises ValueError if flash-attn is asked for where it cannot run.
     """
@@ -683,19 +469,21 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     return "sdpa" if obstacle else "flash"
 
 
-# --------------------------------------------------------------------------------------------------- the way back
+# ------------------------------------------------------------------------------------- the way back
 def save_model(model: Qwen2VL, folder: str | Path) -> None:
     """Write config.json (flat), generation_config.json if the model has one, and model.safetensors.
 
-    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside them, the directory
-    loads here and in transformers. Each file replaces an earlier one only when it is complete, so that a model can be
-    saved into the directory whose weights it has mapped.
-    Raises ValueError for a model with quantized layers, OSError naming the file if it cannot be written.
+    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside
+    them, the directory loads here and in transformers. Each file replaces an earlier one only when
+    it is complete, so that a model can be saved into the directory whose weights it has mapped.
+    Raises ValueError for a model with quantized layers, OSError naming a file that cannot be
+    written.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(
-                f"a quantized model cannot be saved: expected floating-point weights, {name} is {parameter.dtype}"
+                "a quantized model cannot be saved: expected floating-point weights, "
+                f"{name} is {parameter.dtype}"
             )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -720,7 +508,10 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name in the same directory, and rename. Raises OSError naming the file."""
+    """Write under a temporary name in the same directory, and rename.
+
+    Raises OSError naming the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)

@@ -35,8 +35,8 @@ SPOOL_BYTES = 2**26  # a larger download is kept in a temporary file instead of 
 # The formats that Pillow may open, in the order in which it tries them. Each is decoded inside this
 # process: EPS, which starts Ghostscript, and WMF, which calls the operating system, are left out on
 # purpose. Some builds of Pillow lack some of these, and HEIF needs a plugin such as pillow-heif.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
-IMAGE_FORMATS += ("ICO", "ICNS", "QOI", "PSD", "DDS", "PCX", "SGI", "DIB", "TGA")
+IMAGE_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+IMAGE_FORMATS += ("JPEG2000", "PPM", "ICO", "ICNS", "QOI", "PSD", "DDS", "PCX", "SGI", "DIB", "TGA")
 
 # What a file is that is no image, by how it begins (after white space). The dots skip a length.
 OTHER_FILES = (
@@ -66,7 +66,7 @@ OTHER_FILES = (
 # EXIF orientation (tag 0x0112) → how the stored pixels are transposed to be upright; 1 is upright
 # already.
 ORIENTATION_TAG = 0x0112
-TRANSPOSITIONS = {
+TRANSPOSITIONS: dict[float, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -105,7 +105,7 @@ def error_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def open_media(source: str | Path | bytes | BinaryIO) -> str | BinaryIO:
+def open_media(source: Any) -> str | BinaryIO:
     """Return the path of the file that a source names, or an open binary file with its content.
 
     source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open
@@ -260,7 +260,7 @@ def download(
     except Exception as error:  # of the protocol, TLS, the encoding of the name, the disk, ...
         raise OSError(f"cannot fetch {name}: {error_reason(error)}") from error
     file.seek(0)
-    return file
+    return file  # type: ignore[return-value]  # typeshed does not call it a BinaryIO
 
 
 def check_response(response: Any, name: str, max_bytes: int) -> None:

@@ -18,15 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from PIL import Image
 
 import video
-from conversations import SOURCE_KEYS, item_source, read_conversation
+from conversations import SOURCE_KEYS, content_kind, item_source, read_conversation
+from json_files import read_json
 from media import load_image, open_media, source_name, to_rgb
-from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer, content_kind, read_json
+from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer
 from video_decode import UnreliableIndex
 
 Grid = tuple[int, int, int]  # (gt, gh, gw)
@@ -136,7 +137,7 @@ def whole(value: Any) -> Any:
     return value
 
 
-def check_setting(name: str, kind: type, value: Any) -> None:
+def check_setting(name: str, kind: object, value: Any) -> None:
     """Raise ValueError if an image setting is not of its kind: a flag, a count, a factor or one
     number a channel.
     """
@@ -167,22 +168,22 @@ def check_channels(name: str, value: Any) -> None:
         raise ValueError(f"image_std is {value!r:.80}, expected numbers above 0")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether a value is a finite number and no flag."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is an integer and no flag."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def smart_resize(
-    height: int,
-    width: int,
+    height: float,
+    width: float,
     factor: int = 28,
-    min_pixels: int = 56 * 56,
-    max_pixels: int = 28 * 28 * 1280,
+    min_pixels: float = 56 * 56,
+    max_pixels: float = 28 * 28 * 1280,
 ) -> tuple[int, int]:
     """Return the size in pixels, (height, width), to which an image of height × width is resized.
 
@@ -224,11 +225,11 @@ class Clip(NamedTuple):
 
 
 SIZE_OPTIONS = ("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width")
-VIDEO_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
-VIDEO_OPTIONS += SIZE_OPTIONS
+FRAME_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
+VIDEO_OPTIONS = FRAME_OPTIONS + SIZE_OPTIONS
 
 
-def load_video(source: object, config: ImageConfig | None = None, **options: float) -> Clip:
+def load_video(source: Any, config: ImageConfig | None = None, **options: float) -> Clip:
     """Sample and resize a video.
 
     source: a video file (anything `open_media` takes), a directory or list of images (anything
@@ -241,7 +242,9 @@ def load_video(source: object, config: ImageConfig | None = None, **options: flo
     """
     config = config or ImageConfig()
     video.check_options(options)
-    choice = {name: value for name, value in options.items() if name not in SIZE_OPTIONS}
+    choice: dict[str, Any] = {
+        name: value for name, value in options.items() if name not in SIZE_OPTIONS
+    }
     sizes = {name: value for name, value in options.items() if name in SIZE_OPTIONS}
     choice["factor"] = config.temporal_patch_size
     name = source_name(source)
@@ -274,13 +277,15 @@ def resize_video(
                 check_resized(height, width)
             frames = np.empty((len(sampled.timestamps), height, width, 3), dtype=np.uint8)
         if does_resize:
-            frames[index] = to_rgb(image).resize((width, height), resample=config.resample)
+            resized = to_rgb(image).resize((width, height), resample=config.resample)
+            frames[index] = np.asarray(resized)
             continue
         if display_size != size:
             raise ValueError(f"do_resize is off, but the frames of {name} change their size")
         if image.size != size:  # pixels that are not square
             image = image.resize(size, resample=config.resample)
         frames[index] = resize(image, config)  # checks that the sides are multiples of the factor
+    assert size is not None  # `frames_between` finds at least one frame
     return Clip(frames, sampled.timestamps, size)
 
 
@@ -298,15 +303,16 @@ def frame_size(
     """Return the size (height, width) to which each of `count` frames of a video is resized.
 
     Its pixels are within `video.pixel_bounds`, unless `resized_height` and `resized_width` are
-    given: these are rounded to multiples of config.factor. Source: qwen-vl-utils 0.0.14, `fetch_video`.
+    given: these are rounded to multiples of config.factor.
+    Source: qwen-vl-utils 0.0.14, `fetch_video`.
     """
     token_pixels = config.factor**2
     if (resized_height is None) != (resized_width is None):
         raise ValueError("resized_height and resized_width belong together: give both or neither")
-    if resized_height is not None:
-        low = video.MIN_SIZE_TOKENS * token_pixels
-        high = video.MAX_SIZE_TOKENS * token_pixels
-        return fit(resized_height, resized_width, config.factor, low, high)
+    if resized_height is not None and resized_width is not None:
+        least = video.MIN_SIZE_TOKENS * token_pixels
+        most = video.MAX_SIZE_TOKENS * token_pixels
+        return fit(resized_height, resized_width, config.factor, least, most)
     low, high = video.pixel_bounds(
         count, token_pixels, config.temporal_patch_size, min_pixels, max_pixels, total_pixels
     )
@@ -314,7 +320,7 @@ def frame_size(
 
 
 def fit(height: float, width: float, factor: int, low: float, high: float) -> tuple[int, int]:
-    """Return the size that `smart_resize` of qwen-vl-utils gives: a thin side becomes one factor."""
+    """Return the size by `smart_resize` of qwen-vl-utils: a thin side becomes one factor."""
     fitted = smart_resize(height, width, factor, low, high)
     rounded_height = max(factor, round(height / factor) * factor)
     rounded_width = max(factor, round(width / factor) * factor)
@@ -361,8 +367,8 @@ def normalize(frames: np.ndarray, config: ImageConfig) -> np.ndarray:
     `normalize`.
     """
     scale = np.float64(config.rescale_factor)
-    mean = np.float32(config.image_mean)
-    std = np.float32(config.image_std)
+    mean = np.asarray(config.image_mean, dtype=np.float32)
+    std = np.asarray(config.image_std, dtype=np.float32)
     values = np.empty(frames.shape, dtype=np.float32)
     for index, frame in enumerate(frames):  # one by one: float64 of a whole video would be large
         if config.do_rescale:
@@ -396,7 +402,7 @@ def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]
     return patches.reshape(gt * gh * gw, 3 * tp * p * p), (gt, gh, gw)
 
 
-def preprocess_clip(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
+def preprocess_frames(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
     """Return the frames of one video, or one image in a list, as patches float32 [N, 3*tp*p*p] and
     their grid.
     """
@@ -432,7 +438,7 @@ def preprocess_images(images: Sequence, config: ImageConfig) -> tuple[np.ndarray
     transformers prefers where torchvision is installed, differs from both by about one level of 256
     in under 1 % of the values.
     """
-    return join([preprocess_clip([image], config) for image in images])
+    return join([preprocess_frames([image], config) for image in images])
 
 
 def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -442,7 +448,7 @@ def preprocess_videos(videos: Sequence, config: ImageConfig) -> tuple[np.ndarray
     As for images, with the same bounds on the pixels of every frame; a video's grid has gt = ceil(F
     / tp).
     """
-    return join([preprocess_clip(frames, config) for frames in videos])
+    return join([preprocess_frames(frames, config) for frames in videos])
 
 
 @dataclass
@@ -461,7 +467,7 @@ class Media:
         width, height = self.size
         before = f"{width}×{height} pixels"
         if self.timestamps:
-            before += f", {len(self.timestamps)} frames at {self._times()} s"
+            before += f", {len(self.timestamps)} frames at {shown_times(self.timestamps)} s"
         resized = f"{gw * config.patch_size}×{gh * config.patch_size}"
         patches = f"{gw}×{gh} patches"
         if gt > 1:
@@ -469,12 +475,13 @@ class Media:
         tokens = gt * gh * gw // config.merge_size**2
         return f"{self.name}: {before} → {resized} → {patches} → {tokens} tokens"
 
-    def _times(self) -> str:
-        """Return the timestamps, the middle ones left out where there are many."""
-        times = [f"{seconds:.2f}" for seconds in self.timestamps]
-        if len(times) > 16:
-            times = [*times[:8], "…", *times[-2:]]
-        return " ".join(times)
+
+def shown_times(timestamps: list[float]) -> str:
+    """Return the timestamps as a text, the middle ones left out where there are many."""
+    times = [f"{seconds:.2f}" for seconds in timestamps]
+    if len(times) > 16:
+        times = [*times[:8], "…", *times[-2:]]
+    return " ".join(times)
 
 
 @dataclass
@@ -519,7 +526,7 @@ class Processor:
         Bounds given here replace the directory's for images, and the usual ones for the frames of a
         video. Raises FileNotFoundError or ValueError.
         """
-        bounds = {}
+        bounds: dict[str, Any] = {}
         if min_pixels is not None:
             bounds["min_pixels"] = min_pixels
         if max_pixels is not None:

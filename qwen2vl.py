@@ -1,16 +1,18 @@
 """Qwen2-VL: token ids and image patches in, logits out.
 
-Read from top to bottom, in the order in which data meets the parts: the configuration, the vision encoder that turns
-patches into tokens, the three positions of each token, the decoder, and the model that joins them. Attention comes
-right before the first layer that calls it. Plain PyTorch, no files, no network: `preprocess.py` makes the batch,
-`load_weights.py` fills the parameters, `generate.py` turns logits into text. Parameters carry the names of the
-published checkpoint.
+Read from top to bottom, in the order in which data meets the parts: the configuration, the vision
+encoder that turns patches into tokens, the three positions of each token, the decoder, and the
+model that joins them. Attention comes right before the first layer that calls it. Plain PyTorch, no
+files, no network: `preprocess.py` makes the batch, `load_weights.py` fills the parameters,
+`generate.py` turns logits into text. Parameters carry the names of the published checkpoint.
 
-Sources: "Qwen2-VL" (arXiv 2409.12191) for the design; transformers 5.23.0, `models/qwen2_vl`, for the numerics.
+Sources: "Qwen2-VL" (arXiv 2409.12191) for the design; transformers 5.23.0,
+`models/qwen2_vl`, for the numerics.
 
-Shapes: B batch size, S new tokens, K all tokens so far (cached + new), C width of the decoder (hidden_size),
-        H query heads, G key/value heads (G divides H), D width of one head, V vocabulary,
-        N patches of all images and videos together, E width of the vision encoder (embed_dim),
+Shapes: B batch size, S new tokens, K all tokens so far (cached + new),
+        C width of the decoder (hidden_size), H query heads, G key/value heads (G divides H),
+        D width of one head, V vocabulary, N patches of all images and videos together,
+        E width of the vision encoder (embed_dim),
         T vision tokens (N / 4: a 2×2 block of patches becomes one token).
 """
 
@@ -21,6 +23,7 @@ import reprlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +31,10 @@ from torch import Tensor, nn
 
 import rope_types
 from config_fields import Positive, Size, check_fields, is_integer
-from linear import Linear
+from linear import Linear, fast_linear
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 def quick_gelu(x: Tensor) -> Tensor:
     """The sigmoid approximation of GELU that CLIP-like vision encoders were trained with."""
     return x * torch.sigmoid(1.702 * x)
@@ -42,8 +45,9 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# By the names of transformers 5.23.0, `activations.py`. The published models have "silu" and "quick_gelu".
-ACTIVATIONS = {
+# By the names of transformers 5.23.0, `activations.py`. The published
+# models have "silu" and "quick_gelu".
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
     "quick_gelu": quick_gelu,
@@ -84,7 +88,8 @@ def check_layer_count(name: str, value: int) -> None:
 class VisionConfig:
     """The `vision_config` of config.json. A field absent from the file has the reference's default.
 
-    Raises ValueError for a value of the wrong type or out of range, and for fields that contradict each other.
+    Raises ValueError for a value of the wrong type or out of range, and for
+    fields that contradict each other.
     Source: transformers 5.23.0, `Qwen2VLVisionConfig`.
     """
 
@@ -99,7 +104,7 @@ class VisionConfig:
     temporal_patch_size: Size = 2  # frames in one patch; a still image is repeated
     spatial_merge_size: Size = 2  # patches per side that become one token
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self, "vision_config.")
         check_layer_count("vision_config.depth", self.depth)
         if self.embed_dim % (4 * self.num_heads):  # 2-D RoPE: pairs for two axes in each head
@@ -116,10 +121,11 @@ class VisionConfig:
 
 @dataclass
 class Config:
-    """The fields of config.json that shape the computation. A field absent from the file has the reference's default.
+    """The fields of config.json that shape the computation.
 
-    Raises ValueError for a value of the wrong type or out of range, for fields that contradict each other, and for
-    what this file does not compute.
+    A field absent from the file has the reference's default.
+    Raises ValueError for a value of the wrong type or out of range, for fields that contradict each
+    other, and for what this file does not compute.
     Source: transformers 5.23.0, `Qwen2VLConfig` and `Qwen2VLTextConfig`.
     """
 
@@ -162,7 +168,7 @@ class Config:
         return "default" if name == "mrope" else name
 
     def window(self, layer: int) -> int | None:
-        """Return how many tokens a token attends to in this layer, itself included; None: all of them.
+        """Return how many tokens a token of this layer attends to, with itself; None: all of them.
 
         Source: arXiv 2004.05150 §3.1.
         """
@@ -170,7 +176,7 @@ class Config:
             return self.sliding_window
         return None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         heads = self.num_attention_heads
         if self.hidden_size % (2 * heads):  # RoPE rotates pairs within a head
@@ -202,7 +208,7 @@ class Config:
             )
 
     def check_rope(self) -> None:
-        """Raise ValueError if the fields of rope_scaling do not fit the heads or the type of RoPE."""
+        """Raise ValueError if rope_scaling does not fit the heads or the type of RoPE."""
         section = self.rope_scaling.get("mrope_section")
         if not isinstance(section, list) or not all(is_integer(size) for size in section):
             raise ValueError(
@@ -220,15 +226,19 @@ class Config:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Upcast half precision to float32; float32 and float64 stay, so that a float64 run never rounds below it."""
+    """Upcast half precision to float32.
+
+    float32 and float64 stay, so that a float64 run never rounds below it.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ------------------------------------------------------------------ rotary position embedding (RoPE)
+# ----------------------------------------------------------------- rotary position embedding (RoPE)
 def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[i], x[i + D/2]) by its angle. x [..., D]; cos and sin broadcast to it.
 
-    Source: RoFormer, arXiv 2104.09864 §3.4, with halves instead of neighbors as pairs, as in the checkpoints.
+    Source: RoFormer, arXiv 2104.09864 §3.4, with halves instead of neighbors
+    as pairs, as in the checkpoints.
     """
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
@@ -238,8 +248,8 @@ def apply_rotary_pos_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def compute_inv_freq(width: int, theta: float, like: Tensor) -> Tensor:
     """Return theta^(-2i/width) for i = 0 … width/2 - 1, in at least float32: [width / 2].
 
-    Computed on each call rather than kept as a buffer: a buffer would follow `model.to(bfloat16)` and ruin the
-    angles, and would have no values on a model built on the meta device.
+    Computed on each call rather than kept as a buffer: a buffer would follow `model.to(bfloat16)`
+    and ruin the angles, and would have no values on a model built on the meta device.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     exponents = torch.arange(0, width, 2, device=like.device, dtype=dtype) / width
@@ -251,30 +261,31 @@ def vision_rotary_embedding(
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin [N, D] for each patch: half of the angles encode its row, half its column.
 
-    Patches come in the order of preprocessing, merge block by merge block, so their (y, x) must too.
+    Patches come in the order of preprocessing, merge block by merge block; so do their (y, x).
     Source: transformers 5.23.0, `Qwen2VLVisionRotaryEmbedding`.
     """
-    positions = []
+    positions_per_image = []
     for t, h, w in grid_thw:
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         yx = torch.stack((y, x), dim=-1)  # [h, w, 2]
         blocks = yx.view(h // merge_size, merge_size, w // merge_size, merge_size, 2)
         yx = blocks.transpose(1, 2).reshape(h * w, 2)  # merge block by merge block
-        positions.append(yx.repeat(t, 1))  # the same in each temporal slice
-    positions = torch.cat(positions).to(like.device)  # [N, 2]
+        positions_per_image.append(yx.repeat(t, 1))  # the same in each temporal slice
+    positions = torch.cat(positions_per_image).to(like.device)  # [N, 2]
     inv_freq = compute_inv_freq(head_dim // 2, 10000.0, like)  # [D / 4]
     angles = (positions[..., None] * inv_freq).flatten(1)  # [N, D / 2]: y, then x
     angles = angles.repeat(1, 2)  # [N, D]: the same for both halves of each pair
     return angles.cos(), angles.sin()
 
 
-# ------------------------------------------------------------------------------------------ attention
+# ---------------------------------------------------------------------------------------- attention
 @dataclass
 class AttentionContext:
     """Which queries attend to which keys: computed once per forward pass, shared by all layers.
 
-    Without any of the fields, every query attends to every key. The first three serve eager and sdpa attention;
-    the others hold the same facts in the packed form of flash-attn: all sequences end to end, without padding.
+    Without any of the fields, every query attends to every key. The first three serve eager and
+    sdpa attention; the others hold the same facts in the packed form of flash-attn: all
+    sequences end to end, without padding.
     """
 
     causal: bool = False  # each token attends to itself and to all before it
@@ -295,7 +306,7 @@ class AttentionContext:
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Compute softmax(q kᵀ / √D) v, one line per step of the formula.
 
-    q [B, H, S, D]; k, v [B, G, K, D], each key/value head shared by H / G query heads → [B, H, S, D].
+    q [B, H, S, D]; k, v [B, G, K, D], each head shared by H / G query heads → [B, H, S, D].
     Source: "Attention Is All You Need" §3.2; grouped queries arXiv 2305.13245.
     """
     if context.seqlens is not None:
@@ -314,13 +325,16 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) 
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """The same by PyTorch's fused kernels, which hold no [S, K] scores. Shapes as in `eager_attention`."""
+    """The same by PyTorch's fused kernels, which hold no [S, K] scores.
+
+    Shapes as in `eager_attention`.
+    """
     if context.seqlens is not None:
         return attend_per_sequence(sdpa_attention, q, k, v, context.seqlens)
     shape = q.shape
     if shape[2] == 1:
-        # One new token: the query heads that share a key pass as queries of one head, which is far faster
-        # than enable_gqa.
+        # One new token: the query heads that share a key pass as queries of one head, which
+        # is far faster than enable_gqa.
         q = q.reshape(shape[0], k.shape[1], -1, shape[3])
     out = F.scaled_dot_product_attention(
         q,
@@ -339,7 +353,8 @@ def attend_per_sequence(
 ) -> Tensor:
     """Attend within each of the sequences that lie end to end in q, k, v [1, H, N, D].
 
-    No N×N matrix is ever built: sequences of one length become the batch dimension, others follow one another.
+    No N×N matrix is ever built: sequences of one length become the batch
+    dimension, others follow one another.
     """
     context = AttentionContext()
     if len(set(seqlens)) > 1:
@@ -353,12 +368,15 @@ def attend_per_sequence(
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """The same by flash-attn (CUDA, half precision), which takes packed sequences. Padding gives zeros.
+    """The same by flash-attn (CUDA, half precision), which takes packed sequences.
 
-    Source: arXiv 2307.08691; flash-attn 2, `flash_attn_varlen_func`. Shapes as in `eager_attention`.
+    Padding gives zeros.
+    Shapes as in `eager_attention`.
+    Source: arXiv 2307.08691; flash-attn 2, `flash_attn_varlen_func`.
     """
     if context.cu_seqlens_q is None:
-        # One new token per sequence only reads the cache: nothing to gain, and packing would copy all of it.
+        # One new token per sequence only reads the cache: nothing to gain,
+        # and packing would copy all of it.
         return sdpa_attention(q, k, v, context)
     from flash_attn import flash_attn_varlen_func
 
@@ -399,7 +417,10 @@ def cumulative_seqlens(seqlens: Tensor) -> Tensor:
 
 
 def vision_attention_context(grid_thw: list[list[int]], device: torch.device) -> AttentionContext:
-    """A patch attends to the patches of its own temporal slice: each slice of h·w patches is a sequence."""
+    """Return the context in which a patch attends to the patches of its own temporal slice.
+
+    Each slice of h·w patches is a sequence.
+    """
     seqlens = []
     for t, h, w in grid_thw:
         seqlens += [h * w] * t
@@ -414,22 +435,23 @@ def vision_attention_context(grid_thw: list[list[int]], device: torch.device) ->
     )
 
 
-# ------------------------------------------------------------------------------------- vision encoder
+# ----------------------------------------------------------------------------------- vision encoder
 class PatchEmbed(nn.Module):
     """One patch → one vector."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
         kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        # The published weight is that of a 3-D convolution whose stride equals its kernel. Then each patch meets
-        # the kernel exactly once, and the convolution is one matmul, which is far faster.
+        # The published weight is that of a 3-D convolution whose stride equals its
+        # kernel. Then each patch meets the kernel exactly once, and the convolution is
+        # one matmul, which is far faster.
         self.proj = nn.Conv3d(
             config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         weight = self.proj.weight.flatten(1)  # [E, channels · frames · height · width]
-        return F.linear(pixel_values.to(weight.dtype), weight)  # [N, E]
+        return fast_linear(pixel_values.to(weight.dtype), weight)  # [N, E]
 
 
 class VisionAttention(nn.Module):
@@ -482,7 +504,7 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.merged_width = config.embed_dim * config.spatial_merge_size**2  # 4E
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
-        # nn.GELU() is the exact one here; its tanh approximation would be off by 2e-3 in the logits.
+        # nn.GELU() is the exact one; its tanh approximation would be off by 2e-3 in the logits.
         self.mlp = nn.Sequential(
             Linear(self.merged_width, self.merged_width),
             nn.GELU(),
@@ -490,8 +512,8 @@ class PatchMerger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        # The patches of a block are neighbors in memory (that is why preprocessing orders them so): merging
-        # them is a view.
+        # The patches of a block are neighbors in memory (that is why preprocessing orders
+        # them so): merging them is a view.
         return self.mlp(self.ln_q(x).view(-1, self.merged_width))  # [T, C]
 
 
@@ -508,12 +530,16 @@ class VisionTransformer(nn.Module):
         self.merger = PatchMerger(config)
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """pixel_values [N, channels · frames · height · width of a patch], grid_thw [images, 3] → [T, C]."""
+        """Return the vision tokens [T, C].
+
+        pixel_values [N, channels · frames · height · width of a patch], grid_thw [images, 3].
+        """
         grids = grid_thw.tolist()
         expected = sum(t * h * w for t, h, w in grids)
         if expected != len(pixel_values):
             raise ValueError(
-                f"pixel_values has {len(pixel_values)} patches, expected {expected} for grid_thw {grids}"
+                f"pixel_values has {len(pixel_values)} patches, expected {expected} "
+                f"for grid_thw {grids}"
             )
         x = self.patch_embed(pixel_values)  # [N, E]
         head_dim = self.config.embed_dim // self.config.num_heads
@@ -525,7 +551,7 @@ class VisionTransformer(nn.Module):
         return self.merger(x)  # no norm in between, unlike most vision transformers
 
 
-# ---------------------------------------------------------------------------------- positions: M-RoPE
+# -------------------------------------------------------------------------------- positions: M-RoPE
 def get_rope_index(
     config: Config,
     input_ids: Tensor,
@@ -533,13 +559,14 @@ def get_rope_index(
     video_grid_thw: Tensor | None = None,
     attention_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the three positions of each token, and what to add to a length to get the next position.
+    """Return the three positions of each token, and the offset from a length to the next position.
 
-    input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [images or videos, 3] in patches, in reading order
-    → position_ids int64 [3, B, S] (0 where padded), rope_deltas int64 [B, 1].
+    input_ids, attention_mask (1 real, 0 padding) [B, S]; grids [images or videos, 3] in patches, in
+    reading order → position_ids int64 [3, B, S] (0 where padded), rope_deltas int64 [B, 1].
 
-    Source: arXiv 2409.12191 §2.1 and Figure 3. (transformers 5.x continues after a video at p + max(H, W), so
-    that text overlaps the tail of a long one; 4.x and the published weights follow the paper.)
+    Source: arXiv 2409.12191 §2.1 and Figure 3. (transformers 5.x continues after a
+    video at p + max(H, W), so that text overlaps the tail of a long one; 4.x and the
+    published weights follow the paper.)
     Raises ValueError if the placeholders in input_ids do not match the grids.
     """
     if attention_mask is None:
@@ -569,9 +596,10 @@ def get_rope_index(
 def find_vision_spans(
     ids: list[int], grids: dict[int, list[list[int]]], merge_size: int
 ) -> list[tuple[int, list[int]]]:
-    """Pair each run of placeholders in a sequence with its grid: [(start, merged grid [T, H, W]), ...].
+    """Pair each run of placeholders in a sequence with its grid.
 
-    grids: by placeholder id, in patches; those that are used are removed from the front of their list.
+    Return [(start, merged grid [T, H, W]), ...].
+    grids: by placeholder id, in patches; a grid that is used is removed from its list.
     """
     spans = []
     start = 0
@@ -600,8 +628,9 @@ def find_vision_spans(
 def sequence_positions(length: int, spans: list[tuple[int, list[int]]]) -> Tensor:
     """Return the positions [3, S] of one sequence of `length` tokens with vision tokens at `spans`.
 
-    A text token takes one step on all three axes. An image of T×H×W tokens starts at the next free position p and
-    spans (p + t, p + y, p + x); the text after it continues at p + max(T, H, W), one after its largest position.
+    A text token takes one step on all three axes. An image of T×H×W tokens starts at the next free
+    position p and spans (p + t, p + y, p + x); the text after it continues at p + max(T, H, W),
+    one after its largest position.
     """
     positions = [torch.zeros(3, 0, dtype=torch.long)]  # a sequence may be empty
     p = 0  # the next free position
@@ -621,10 +650,12 @@ def sequence_positions(length: int, spans: list[tuple[int, list[int]]]) -> Tenso
 def multimodal_rotary_embedding(
     config: Config, position_ids: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """M-RoPE: return cos and sin [B, 1, S, D] for position_ids [3, B, S] (time, height, width), in `like`'s dtype.
+    """Return cos and sin [B, 1, S, D] of M-RoPE, in `like`'s dtype.
 
-    `mrope_section` splits the frequencies, fast ones first: [16, 24, 24] gives the first 16 to time, the next 24
-    to height, the last 24 to width. A text token has three equal positions, which makes this 1-D RoPE for it.
+    position_ids [3, B, S]: time, height and width.
+    `mrope_section` splits the frequencies, fast ones first: [16, 24, 24] gives the first 16 to
+    time, the next 24 to height, the last 24 to width. A text token has three equal positions,
+    which makes this 1-D RoPE for it.
     Source: arXiv 2409.12191 §2.1; transformers 5.23.0, `Qwen2VLRotaryEmbedding`.
     """
     axis = []  # [D / 2]: which of the three positions drives a frequency
@@ -649,11 +680,12 @@ def multimodal_rotary_embedding(
     return cos.to(like.dtype), sin.to(like.dtype)
 
 
-# -------------------------------------------------------------------------------------------- decoder
+# ------------------------------------------------------------------------------------------ decoder
 class KVCache:
     """Keys and values of all tokens so far, and the next position of each sequence.
 
-    Memory is allocated for `capacity` tokens, by default all of max_length, and doubled when that is full.
+    Memory is allocated for `capacity` tokens, by default all of max_length,
+    and doubled when that is full.
     """
 
     def __init__(
@@ -699,7 +731,7 @@ class KVCache:
         self.values = values
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new k, v [B, G, S, D]; return all of them so far, [B, G, K, D], as views."""
+        """Store a layer's new k, v [B, G, S, D]; return views of all so far, [B, G, K, D]."""
         end = self.length + k.shape[2]
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -723,7 +755,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: G key/value heads serve H query heads. Source: arXiv 2305.13245."""
+    """Causal self-attention with grouped queries: G key/value heads serve H query heads.
+
+    Source: arXiv 2305.13245.
+    """
 
     def __init__(self, config: Config, layer: int, attn_implementation: str):
         super().__init__()
@@ -798,8 +833,9 @@ def decoder_attention_context(
     window: int | None = None,
     dropout: float = 0.0,
 ) -> AttentionContext:
-    """A token of x [B, S, C] attends to itself and those before it, cached and new, at most `window`, no padding.
+    """Return the context in which a token of x [B, S, C] attends to itself and those before it.
 
+    Those are cached and new tokens, at most `window`, and no padding.
     attention_mask [B, K]: 1 real, 0 padding; None: nothing is padded.
     """
     new = x.shape[1]
@@ -809,7 +845,8 @@ def decoder_attention_context(
         attention_mask = None  # nothing is padded: the fast kernels need no mask
     if attn_implementation == "flash" and new > 1:
         return packed_attention_context(x, cached, attention_mask, window, dropout)
-    # PyTorch's causal flag aligns the first query with the first key, so it is right only if nothing is cached.
+    # PyTorch's causal flag aligns the first query with the first key, so it is
+    # right only if nothing is cached.
     flag_is_enough = cached == 0 or new == 1
     if flag_is_enough and attention_mask is None and window is None:
         return AttentionContext(causal=new > 1, dropout=dropout)
@@ -820,7 +857,7 @@ def decoder_attention_context(
 def decoder_mask(
     x: Tensor, cached: int, attention_mask: Tensor | None, window: int | None
 ) -> Tensor:
-    """Return the dense form of "itself and those before it, at most `window`, no padding": bool [B, 1, S, K]."""
+    """Return the dense form, bool [B, 1, S, K], of what `decoder_attention_context` describes."""
     batch_size, new = x.shape[:2]
     total = cached + new
     query = torch.arange(cached, total, device=x.device)[:, None]  # [S, 1]
@@ -833,7 +870,8 @@ def decoder_mask(
         mask = mask & (distance < window)
     if attention_mask is not None:
         mask = mask & attention_mask[:, None, None].bool()
-        # Padding attends to itself, or its softmax would be 0/0 and the NaN would spread through the values.
+        # Padding attends to itself, or its softmax would be 0/0 and the NaN
+        # would spread through the values.
         mask = mask | (key == query)
     return mask
 
@@ -841,7 +879,10 @@ def decoder_mask(
 def packed_attention_context(
     x: Tensor, cached: int, attention_mask: Tensor | None, window: int | None, dropout: float
 ) -> AttentionContext:
-    """The same in the form that flash-attn takes: each batch element is a sequence without its padding."""
+    """Return the same in the form that flash-attn takes.
+
+    Each batch element is a sequence without its padding.
+    """
     batch_size, new = x.shape[:2]
     total = cached + new
     if attention_mask is None:
@@ -878,7 +919,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList()
         for layer in range(config.num_hidden_layers):
             self.layers.append(DecoderLayer(config, layer, attn_implementation))
-        self.windows = {layer.window for layer in self.layers}  # {None} in the published models
+        # {None} in the published models
+        self.windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -900,7 +942,7 @@ class Decoder(nn.Module):
             )
         cos, sin = multimodal_rotary_embedding(self.config, position_ids, like=x)
         dropout = self.config.attention_dropout if self.training else 0.0
-        contexts = {}
+        contexts: dict[Any, AttentionContext] = {}  # by window
         for window in self.windows:
             contexts[window] = decoder_attention_context(
                 x, cached, attention_mask, self.attn_implementation, window, dropout
@@ -912,15 +954,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# ------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 class Qwen2VL(nn.Module):
-    """The whole model: vision tokens take the places of their placeholders and are read with the text."""
+    """The whole model: vision tokens replace their placeholders and are read with the text."""
 
     def __init__(self, config: Config, attn_implementation: str = "sdpa"):
         """Build the model with the published initialization.
 
-        attn_implementation: "eager" (the formula line by line), "sdpa" (PyTorch's fused kernels) or "flash"
-        (flash-attn).
+        attn_implementation: "eager" (the formula line by line), "sdpa" (PyTorch's fused
+        kernels) or "flash" (flash-attn).
         """
         super().__init__()
         if attn_implementation == "plain":
@@ -928,7 +970,8 @@ class Qwen2VL(nn.Module):
             attn_implementation = "eager"
         if attn_implementation not in ATTENTION:
             raise ValueError(
-                f"attn_implementation is {attn_implementation!r}, expected one of {', '.join(ATTENTION)}"
+                f"attn_implementation is {attn_implementation!r}, "
+                f"expected one of {', '.join(ATTENTION)}"
             )
         self.config = config
         self.attn_implementation = attn_implementation
@@ -941,30 +984,40 @@ class Qwen2VL(nn.Module):
         self.generation_config: dict = {}  # generation_config.json, where the checkpoint has one
 
     def tie_weights(self) -> None:
-        """One matrix both embeds a token and scores it, in the small models (`tie_word_embeddings`)."""
+        """Use one matrix to embed a token and to score it, where `tie_word_embeddings` is true."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, module: nn.Module) -> None:
-        """Draw one module's weights from N(0, initializer_range²); biases are 0, weights of norms 1.
+        """Draw one module's weights from N(0, initializer_range²); biases are 0.
 
-        Source: transformers 5.23.0, `PreTrainedModel._init_weights`. Norms are constructed with their values.
+        Norms are constructed with their values, weights of 1.
+        Source: transformers 5.23.0, `PreTrainedModel._init_weights`.
         """
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def merge_vision_features(
-        self, x: Tensor, input_ids: Tensor, token_id: int, pixel_values: Tensor, grid_thw: Tensor
+        self,
+        x: Tensor,
+        input_ids: Tensor,
+        token_id: int,
+        pixel_values: Tensor,
+        grid_thw: Tensor | None,
     ) -> Tensor:
-        """Return x [B, S, C] with vision tokens in the places of the placeholders `token_id`, in reading order."""
+        """Return x [B, S, C] with vision tokens for the placeholders `token_id`, in order."""
+        if grid_thw is None:
+            raise ValueError("expected a grid_thw with the pixel values, got None")
         features = self.visual(pixel_values, grid_thw)  # [T, C]
         placeholders = input_ids == token_id  # [B, S]
         count = int(placeholders.sum())
         if count != len(features):
             raise ValueError(
-                f"input_ids has {count} placeholders (id {token_id}), expected {len(features)} for grid_thw"
+                f"input_ids has {count} placeholders (id {token_id}), "
+                f"expected {len(features)} for grid_thw"
             )
         # The dtypes differ under autocast, in training.
         return x.masked_scatter(placeholders[..., None], features.to(x.dtype))
@@ -983,14 +1036,16 @@ class Qwen2VL(nn.Module):
     ) -> Tensor:
         """Return the hidden states [B, S, C] after the last norm, before `lm_head`.
 
-        input_ids [B, S] int64; attention_mask [B, K]: 1 real, 0 padding (on the left), over cached and new tokens;
+        input_ids [B, S] int64; attention_mask [B, K]: 1 real, 0 padding (on the
+        left), over cached and new tokens;
         None: all are real.
-        position_ids [3, B, S]: by default `get_rope_index` of the new tokens, continued from the cache.
+        position_ids [3, B, S]: by default `get_rope_index` of the new
+        tokens, continued from the cache.
         cache: what earlier calls computed; the new tokens are added to it.
-        pixel_values, image_grid_thw (and the same for videos): the images of *these* input_ids only, so a decode
-        step passes none and the vision encoder runs once per image.
-        inputs_embeds [B, S, C]: take the place of the embedded input_ids, which are then needed only to locate
-        placeholders and may be left out for text.
+        pixel_values, image_grid_thw (and the same for videos): the images of *these* input_ids
+        only, so a decode step passes none and the vision encoder runs once per image.
+        inputs_embeds [B, S, C]: take the place of the embedded input_ids, which are then needed
+        only to locate placeholders and may be left out for text.
 
         Source: transformers 5.23.0, `Qwen2VLModel.forward`, whose `last_hidden_state` this equals.
         """
@@ -1014,12 +1069,13 @@ class Qwen2VL(nn.Module):
                 config, input_ids, image_grid_thw, video_grid_thw, new_mask
             )
             if cache is not None:
-                # Positions only ever count on from the largest so far, so new tokens are numbered by themselves
-                # and shifted: the same line serves a prefill, a decode step and the next turn of a chat.
+                # Positions only ever count on from the largest so far, so new tokens are
+                # numbered by themselves and shifted: the same line serves a prefill, a decode
+                # step and the next turn of a chat.
                 position_ids = position_ids + cache.next_position
-                new_length = input_ids.shape[1]
+                new_length: int | Tensor = input_ids.shape[1]
                 if new_mask is not None:
-                    new_length = new_mask.sum(1, keepdim=True)
+                    new_length = new_mask.sum(1, keepdim=True)  # [B, 1]
                 cache.next_position = cache.next_position + new_length + rope_deltas
         return self.model(x, position_ids, attention_mask, cache)
 
@@ -1040,7 +1096,8 @@ class Qwen2VL(nn.Module):
         """Return the logits [B, S, V] of the token after each of input_ids [B, S].
 
         The arguments up to inputs_embeds are those of `hidden_states`.
-        labels [B, S]: the ids themselves, -100 where the loss is not to count; then (loss, logits) is returned.
+        labels [B, S]: the ids themselves, -100 where the loss is not to count;
+        then (loss, logits) is returned.
         logits_to_keep: score only the last so many positions (0: all); a prefill needs just one.
         """
         x = self.hidden_states(
@@ -1061,7 +1118,10 @@ class Qwen2VL(nn.Module):
 
 
 def text_ids_for(inputs_embeds: Tensor | None, *pixels: Tensor | None) -> Tensor:
-    """Return ids [B, S] that stand for embeddings of text: no id is a placeholder. Raises ValueError."""
+    """Return ids [B, S] that stand for embeddings of text: no id is a placeholder.
+
+    Raises ValueError.
+    """
     if inputs_embeds is None:
         raise ValueError("expected input_ids or inputs_embeds, got neither")
     if any(values is not None for values in pixels):
@@ -1072,8 +1132,9 @@ def text_ids_for(inputs_embeds: Tensor | None, *pixels: Tensor | None) -> Tensor
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of logits [B, S, V] at the labels [B, S] shifted by one, without those of -100.
+    """Return the mean cross-entropy of logits [B, S, V] at the labels [B, S] shifted by one.
 
+    Labels of -100 are left out.
     Source: transformers 5.23.0, `ForCausalLMLoss`.
     """
     predictions = at_least_float32(logits[:, :-1]).flatten(0, 1)

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
@@ -115,8 +115,8 @@ def count_frames(
         low = math.ceil(low / factor) * factor
         high = math.floor(high / factor) * factor
         asked = f"fps {fps} within {low} to {high} frames"
-        count = min(max(total / rate * fps, low), high, total)
-        count = math.floor(count / factor) * factor
+        most = min(max(total / rate * fps, low), high, total)
+        count = math.floor(most / factor) * factor
     if total < factor:
         return total
     if count < factor:
@@ -165,7 +165,8 @@ def frames_between(
         raise VideoError(f"{name} holds no frame")
     first = 0 if start is None else bisect_left(times, start - tolerance)
     last = len(times) - 1 if end is None else bisect_right(times, end + tolerance) - 1
-    if first > last or (None not in (start, end) and start >= end):
+    is_empty = start is not None and end is not None and start >= end
+    if first > last or is_empty:
         until = "the end" if end is None else f"{end:g} s"
         span = f"from {start or 0:g} s to {until}"
         raise VideoError(f"{name} has no frame {span}: it lasts {times[-1] + 1 / rate:.2f} s")
@@ -310,7 +311,7 @@ def frame_times(index: VideoIndex, name: str) -> tuple[list[float], float]:
 # ---------------------------------------------------------------------------------- lists of frames
 
 
-def given_frames(source: object) -> Sequence | None:
+def given_frames(source: Any) -> Sequence | None:
     """Return the frames of a list, a 4-D array or tensor, or a directory of images; None for a
     video file.
 

@@ -27,7 +27,7 @@ import queue
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -70,7 +70,7 @@ class UnreliableIndex(Exception):
 class VideoIndex:
     """When each frame of a video is shown. Lists are in the order in which frames are shown."""
 
-    pts: list[int | None]  # presentation timestamps, in ticks
+    pts: list[Any]  # presentation timestamps, integers in ticks; None where a frame has none
     tick: Fraction = Fraction(1)  # seconds
     declared_rate: float | None = None  # frames per second, by the header
     last_duration: float = 0.0  # seconds that the last frame is shown; 0 if unknown
@@ -150,7 +150,7 @@ class DecoderThread:
     code.
     """
 
-    def __init__(self, make: Callable[[Callable[[], None]], Iterator], name: str):
+    def __init__(self, make: Callable[[Callable[[], None]], Generator], name: str):
         self.make = make
         self.name = name
         self.steps = 0
@@ -272,7 +272,7 @@ class OpenVideo:
             try:
                 packet = next(packets, None)
             except av.FFmpegError as error:
-                self.count_error(error.strerror)
+                self.count_error(error.strerror or str(error))
                 return
             except IndexError:  # PyAV, at the end of a file in which another stream began midway
                 return
@@ -290,7 +290,7 @@ class OpenVideo:
             None
         )  # what the decoder holds back, where an error ended the packets
 
-    def decode(self, packet) -> Iterator:
+    def decode(self, packet: Any) -> Iterator:
         """Yield the frames that a packet (None: the end) completes."""
         import av
 
@@ -299,7 +299,7 @@ class OpenVideo:
         except av.EOFError:  # nothing is held back
             return
         except av.FFmpegError as error:
-            self.count_error(error.strerror)
+            self.count_error(error.strerror or str(error))
             return
         for frame in frames:
             if frame.is_corrupt:
@@ -340,7 +340,7 @@ def opened(media: str | BinaryIO, name: str) -> Iterator[OpenVideo]:
         yield OpenVideo(container, stream, decoder)
 
 
-def best_stream(container, name: str):
+def best_stream(container: Any, name: str) -> Any:
     """Return the video stream that players show: not the cover of a song, nor a thumbnail."""
     import av
 
@@ -356,7 +356,7 @@ def best_stream(container, name: str):
     return max(videos, key=importance)  # the first of several
 
 
-def importance(stream) -> tuple[int, bool]:
+def importance(stream: Any) -> tuple[int, bool]:
     """Return a key by which the video itself comes after previews and other angles."""
     import av
 
@@ -364,7 +364,7 @@ def importance(stream) -> tuple[int, bool]:
     return stream.width * stream.height, is_default
 
 
-def alpha_decoder(stream):
+def alpha_decoder(stream: Any) -> Any:
     """Return a decoder that keeps the alpha channel where a WebM file declares one; else None."""
     import av
 
@@ -420,13 +420,13 @@ def packet_index(video: OpenVideo, step: Callable[[], None]) -> VideoIndex:
     return index
 
 
-def stream_index(stream, pts: list[int | None], damage: str) -> VideoIndex:
+def stream_index(stream: Any, pts: list[Any], damage: str) -> VideoIndex:
     """Return a VideoIndex with what the header of a stream declares."""
     rate = float(stream.average_rate or stream.guessed_rate or 0)
     return VideoIndex(pts, stream.time_base or Fraction(0), rate or None, damage=damage)
 
 
-def is_shown(packet, codec: str) -> bool:
+def is_shown(packet: Any, codec: str) -> bool:
     """Return whether a packet gives a frame that is shown."""
     return packet.size > 0 and not packet.is_discard and not is_hidden(codec, memoryview(packet))
 
@@ -497,7 +497,7 @@ def seek(video: OpenVideo, timestamp: int) -> None:
     video.last_pts = None
 
 
-def checked_number(frame, pts: list[int], before: int) -> int:
+def checked_number(frame: Any, pts: list[int], before: int) -> int:
     """Return the number of a decoded frame, which must come after the number `before`."""
     if frame.pts is not None:
         number = bisect_left(pts, frame.pts)
@@ -547,7 +547,7 @@ def numbered_frames(video: OpenVideo, wanted: list[int], step: Callable[[], None
         raise ValueError(f"frame {target} was decoded the first time, but not the second time")
 
 
-def to_image(frame) -> Image.Image:
+def to_image(frame: Any) -> Image.Image:
     """Return a decoded frame in RGB, upright, with transparency composited on white.
 
     The file's display matrix, a b 0, c d 0, x y 1, shows the pixel (x, y) at (ax + cy, bx + dy):
@@ -566,7 +566,7 @@ def to_image(frame) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def display_matrix(frame) -> tuple[int, int, int, int]:
+def display_matrix(frame: Any) -> tuple[int, int, int, int]:
     """Return a, b, c, d of the display matrix; the identity if there is none."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -575,7 +575,7 @@ def display_matrix(frame) -> tuple[int, int, int, int]:
     return a, b, c, d
 
 
-def display_size(frame, stream) -> tuple[int, int]:
+def display_size(frame: Any, stream: Any) -> tuple[int, int]:
     """Return the width and height to show a frame in, upright: the width is scaled by the pixels'
     aspect ratio.
 

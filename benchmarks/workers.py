@@ -31,22 +31,24 @@ def load_options(form: str) -> dict:
 
 
 def load_ours(job: dict):
+    import linear
     from load_weights import load_model
 
+    linear.prefer_pytorch_gemv()  # as the programs do at their start
     model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
     model.generation_config = {"eos_token_id": []}  # random weights would end at random
-    if job["device"] != "cpu":
-        from extras import cuda_graph
-
-        cuda_graph.use(model)
     return model
 
 
 def answer_ours(model, batch, new_tokens: int, on_token) -> None:
     """Generate greedily as a user does; call on_token(ids of all sequences) for each token."""
-    from generate import Sampling, stream
+    from cuda_graph import CapturedDecodeStep
+    from generate import GenerationConfig, decode_step, stream
 
-    for tokens in stream(model, batch, new_tokens, Sampling()):
+    decode = decode_step
+    if model.lm_head.weight.device.type == "cuda":
+        decode = CapturedDecodeStep(model, decode_step)
+    for tokens in stream(model, batch, new_tokens, GenerationConfig(), decode=decode):
         on_token(tokens)
 
 
@@ -115,7 +117,7 @@ def cold(job: dict) -> None:
 
 def cold_ours(job: dict, question: str) -> tuple[float, float]:
     """Generate one token; return the times at which the imports and the loading were done."""
-    from generate import Sampling, stream
+    from generate import GenerationConfig, stream
     from load_weights import load_model
     from preprocess import Processor
 
@@ -124,7 +126,7 @@ def cold_ours(job: dict, question: str) -> tuple[float, float]:
     batch = processor([{"role": "user", "content": question}])
     model = load_model(job["checkpoint"], job["device"], **load_options(job["dtype"]))
     loaded = time.monotonic()
-    next(stream(model, batch, 16, Sampling()))
+    next(stream(model, batch, 16, GenerationConfig()))
     return imported, loaded
 
 

@@ -29,8 +29,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from generate import Sampling, generate
-from load_weights import find_device, find_folder, load_config, load_model
+from generate import GenerationConfig, generate
+from load_weights import find_checkpoint, find_device, load_config, load_model
 from media import load_image
 from preprocess import Batch, Processor
 from qwen2vl import get_rope_index
@@ -299,7 +299,7 @@ def run_ours(
         pixel_values=arrays.get("pixel_values"),
         image_grid_thw=arrays.get("image_grid_thw"),
     )
-    [tokens] = generate(model, batch, arguments.max_new_tokens, Sampling())
+    [tokens] = generate(model, batch, arguments.max_new_tokens, GenerationConfig())
     return outputs, tokens
 
 
@@ -510,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         transformers = import_transformers()
         find_device(arguments.device)
-        folder = find_folder(arguments.model)
+        folder = find_checkpoint(arguments.model)
         # PyTorch lets convolutions round to TF32 on CUDA, and the reference embeds its patches with
         # one.
         torch.backends.cudnn.allow_tf32 = False

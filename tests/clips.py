@@ -1,4 +1,4 @@
-"""Small films for the tests: drawn, and encoded with PyAV."""
+"""Small videos for the tests, drawn frame by frame and encoded with PyAV."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-# What FFmpeg's encoders of subtitles ask for.
+# Required by FFmpeg's subtitle encoders.
 ASS_HEADER = b"""[V4+ Styles]
 Format: Name, Fontname, Fontsize
 Style: Default,Arial,16
@@ -17,9 +17,10 @@ Format: Layer, Start, End, Text
 
 
 def draw(index: int, width: int, height: int) -> np.ndarray:
-    """Frame `index` of a film, uint8 [height, width, 3]: each differs from its neighbours.
+    """Return frame `index` of a video, uint8 [height, width, 3]; each differs from the next.
 
-    The upper left quarter is bright in green, and a blue bar wanders to the right through the lower half.
+    The upper left quarter is bright green, and a blue bar moves to the right through the lower
+    half.
     """
     frame = np.empty((height, width, 3), dtype=np.uint8)
     frame[..., 0] = 20 + index * 11 % 220
@@ -31,22 +32,33 @@ def draw(index: int, width: int, height: int) -> np.ndarray:
     return frame
 
 
-def film(n: int, width: int, height: int) -> list[np.ndarray]:
+def draw_frames(n: int, width: int, height: int) -> list[np.ndarray]:
+    """Return the first n frames of `draw`."""
     return [draw(index, width, height) for index in range(n)]
 
 
 def encode(
-    path: Path, frames: list[np.ndarray], codec="mpeg4", rate=10, pixels="yuv420p", options=None,
-    times=None, tick=None, container_options=None,
-) -> Path:  # fmt: skip
-    """Write frames, uint8 [H, W, 3] each, to a path; gives it back.
+    path: Path,
+    frames: list[np.ndarray],
+    codec="mpeg4",
+    rate=10,
+    pixels="yuv420p",
+    options=None,
+    times=None,
+    tick=None,
+    container_options=None,
+) -> Path:
+    """Write frames, uint8 [H, W, 3] each, to a video file and return its path.
 
-    rate: frames a second. times: when each is shown instead, in ticks of `tick` seconds.
+    rate: frames per second. times: instead of a rate, the timestamp of each frame, in units of
+    `tick` seconds.
     """
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=rate, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.width = width
+        stream.height = height
+        stream.pix_fmt = pixels
         stream.codec_context.thread_count = 1  # the same bytes on every machine
         if tick is not None:
             stream.codec_context.time_base = stream.time_base = tick

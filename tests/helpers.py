@@ -1,8 +1,8 @@
-"""Small random models and inputs, built the same way for `qwen2vl.py`, transformers and the NumPy model.
+"""Small random models and inputs for `qwen2vl.py`, transformers and the NumPy model.
 
-Everything starts from three plain things that are fixed by a seed: a config (a dict like config.json), the
-weights (a dict of float32 tensors under the published checkpoint's names) and the rows of a batch. From them
-`our_model`, `reference_model` and `oracle_run` each make their own.
+Each starts from three things that are fixed by a seed: a config (a dict like config.json), the
+weights (a dict of float32 tensors under the published names) and the sequences of a batch.
+`our_model`, `reference_model` and `run_numpy_model` build their model from them.
 """
 
 import copy
@@ -12,9 +12,8 @@ import types
 import numpy as np
 import torch
 
-torch.set_num_threads(
-    1
-)  # products this small gain nothing from threads, and on a busy machine wait for them
+# Matmuls this small gain nothing from threads, and on a busy machine wait for them.
+torch.set_num_threads(1)
 
 # Ids of the special tokens in every small model; text tokens are those above LAST_SPECIAL.
 VISION_START, VISION_END, IMAGE, VIDEO, PAD = 1, 2, 3, 4, 0
@@ -22,12 +21,25 @@ LAST_SPECIAL = 4
 
 
 def small_config(
-    heads=4, kv_heads=2, width=16, sections=(2, 3, 3), layers=2, tied=False, vision_heads=2, vision_width=16,
-    depth=2, mlp_ratio=2, vocab=61, intermediate=48, patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+    heads=4,
+    kv_heads=2,
+    width=16,
+    sections=(2, 3, 3),
+    layers=2,
+    tied=False,
+    vision_heads=2,
+    vision_width=16,
+    depth=2,
+    mlp_ratio=2,
+    vocab=61,
+    intermediate=48,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
     **more,
-):  # fmt: skip
-    """A config.json in the hub's flat layout. `width` and `vision_width` are those of one attention head."""
-    assert sum(sections) * 2 == width, "mrope_section shares out half of a head's width"
+):
+    """Return a config.json in the flat layout; `width` and `vision_width` are head dimensions."""
+    assert sum(sections) * 2 == width, "mrope_section splits half of a head dimension"
     return {
         "vocab_size": vocab,
         "hidden_size": heads * width,
@@ -63,10 +75,10 @@ def small_config(
     } | more
 
 
-# The ways in which published or plausible checkpoints differ: how many query heads share a key head, how
-# wide a head is, how mrope_section shares it out, how deep both towers are, tied or not.
+# How published or plausible checkpoints differ: query heads per key head, head dimension,
+# mrope_section, depth of the vision encoder and the decoder, tied or untied embeddings.
 SHAPES = {
-    "plain": small_config(),
+    "default": small_config(),
     "tied": small_config(tied=True),
     "one kv head": small_config(heads=6, kv_heads=1, width=8, sections=(1, 1, 2), layers=3),
     "no sharing": small_config(heads=3, kv_heads=3, width=24, sections=(4, 4, 4), tied=True),
@@ -90,7 +102,7 @@ SHAPES = {
 
 
 def random_shape(seed):
-    """A config drawn at random, for the tests that need many."""
+    """Return a random config, for the tests that need many."""
     pick = np.random.default_rng(seed)
     kv_heads, group = int(pick.integers(1, 4)), int(pick.integers(1, 5))
     half = int(pick.choice([4, 8, 12, 16, 32]))
@@ -111,7 +123,7 @@ def random_shape(seed):
 
 
 def random_weights(config, seed=0):
-    """{published name: float32 tensor}. No bias is zero and no norm weight one, so that a fault shows."""
+    """Return {published name: float32 tensor}; no bias is 0 and no norm weight 1."""
     g = torch.Generator().manual_seed(seed)
     weights = {}
 
@@ -165,113 +177,115 @@ def random_weights(config, seed=0):
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------- inputs
 
 
-def random_row(config, parts, seed=0):
-    """One conversation. parts: a number (that many text tokens), ("image", h, w) or ("video", t, h, w).
+def random_sequence(config, parts, seed=0):
+    """Return one sequence of random tokens and patches.
 
-    Height and width count tokens, that is, patches after merging. Gives a dict: "ids", and under "image" and
-    "video" (grids in patches, pixels).
+    Each part is an integer (that many text tokens), ("image", h, w) or ("video", t, h, w), where
+    height and width count tokens, i.e. patches after merging. The result is a dict with the token
+    ids under "ids", and (grids in patches, list of patch arrays) under "image" and "video".
     """
     pick = np.random.default_rng(seed)
     v = config["vision_config"]
-    row = {"ids": [], "image": ([], []), "video": ([], [])}
+    sequence = {"ids": [], "image": ([], []), "video": ([], [])}
     for part in parts:
         if isinstance(part, int):
-            row["ids"] += pick.integers(LAST_SPECIAL + 1, config["vocab_size"], size=part).tolist()
+            sequence["ids"] += pick.integers(
+                LAST_SPECIAL + 1, config["vocab_size"], size=part
+            ).tolist()
             continue
         kind, *grid = part
         t, h, w = [1, *grid] if kind == "image" else grid
-        row["ids"] += [VISION_START, *[config[f"{kind}_token_id"]] * (t * h * w), VISION_END]
+        sequence["ids"] += [VISION_START, *[config[f"{kind}_token_id"]] * (t * h * w), VISION_END]
         h, w = h * v["spatial_merge_size"], w * v["spatial_merge_size"]
         columns = v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2
-        row[kind][0].append([t, h, w])
-        row[kind][1].append(pick.normal(size=(t * h * w, columns)).astype(np.float32))
-    return row
+        sequence[kind][0].append([t, h, w])
+        sequence[kind][1].append(pick.normal(size=(t * h * w, columns)).astype(np.float32))
+    return sequence
 
 
-def make_batch(rows, dtype=torch.float32):
-    """Rows, left padded -> the keyword arguments of `Qwen2VL.forward` (no mask where nothing is padded)."""
-    length = max(len(row["ids"]) for row in rows)
-    padding = [length - len(row["ids"]) for row in rows]
-    ids = [[PAD] * n + row["ids"] for n, row in zip(padding, rows, strict=True)]
+def make_batch(sequences, dtype=torch.float32):
+    """Return the arguments of `Qwen2VL.forward`, left padded, with a mask only if needed."""
+    length = max(len(sequence["ids"]) for sequence in sequences)
+    padding = [length - len(sequence["ids"]) for sequence in sequences]
+    ids = [[PAD] * n + sequence["ids"] for n, sequence in zip(padding, sequences, strict=True)]
     batch = {"input_ids": torch.tensor(ids)}
     if any(padding):
         batch["attention_mask"] = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
     for kind, pixels_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        grids = [grid for row in rows for grid in row[kind][0]]
+        grids = [grid for sequence in sequences for grid in sequence[kind][0]]
         if grids:
-            pixels = np.concatenate([patches for row in rows for patches in row[kind][1]])
+            patches = np.concatenate([part for sequence in sequences for part in sequence[kind][1]])
             batch[f"{kind}_grid_thw"] = torch.tensor(grids)
-            batch[pixels_name] = torch.from_numpy(pixels).to(dtype)
+            batch[pixels_name] = torch.from_numpy(patches).to(dtype)
     return batch
 
 
-# -------------------------------------------------------------------------------------- the three models
+# --------------------------------------------------------------------------------- the three models
 
 
 def our_config(config):
+    """Return the `Config` of a config.json."""
     from qwen2vl import Config, VisionConfig
 
     return Config(**(config | {"vision_config": VisionConfig(**config["vision_config"])}))
 
 
-def our_model(config, weights, dtype=torch.float32, attention="sdpa"):
+def our_model(config, weights, dtype=torch.float32, attn_implementation="sdpa"):
+    """Return `Qwen2VL` with these weights, in evaluation mode."""
     from qwen2vl import Qwen2VL
 
-    model = Qwen2VL(our_config(config), attn_implementation=attention)
-    missing, extra = model.load_state_dict(weights, strict=False)
-    assert not extra, f"names that the model does not know: {extra}"
-    assert set(missing) <= {"lm_head.weight"}, f"names that the model lacks: {missing}"
-    assert not missing or config["tie_word_embeddings"], (
-        "not tied, and yet without an output matrix"
-    )
+    model = Qwen2VL(our_config(config), attn_implementation=attn_implementation)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, f"not parameters of the model: {unexpected}"
+    assert set(missing) <= {"lm_head.weight"}, f"without a weight: {missing}"
+    assert not missing or config["tie_word_embeddings"], "untied embeddings without an lm_head"
     return model.to(dtype).eval()
 
 
 def reference_name(name):
-    """Published tensor name -> its name in transformers 5."""
+    """Return the name in transformers 5 of a published tensor name."""
     if name.startswith("visual."):
         return "model." + name
     return name.replace("model.", "model.language_model.", 1)
 
 
-def reference_model(config, weights, dtype=torch.float32, attention="eager"):
-    """transformers' own model, with the same weights."""
+def reference_model(config, weights, dtype=torch.float32, attn_implementation="eager"):
+    """Return the model of transformers with these weights, in evaluation mode."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    # Nested, as transformers 5 writes it. No token ends a row here: the tests compare a fixed number of steps.
-    text = copy.deepcopy(config) | {
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }  # it writes into rope_scaling
-    top = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    top = {name: text.pop(name) for name in (*top, "tie_word_embeddings", "vision_config")}
-    reference_config = Qwen2VLConfig(text_config=text, **top)
-    reference_config._attn_implementation = attention
+    # The nested layout of transformers 5. No token ends a sequence: the tests compare a fixed
+    # number of steps. Copied, as transformers writes into rope_scaling.
+    text_config = copy.deepcopy(config) | {"bos_token_id": None, "eos_token_id": None}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    top_level = {
+        name: text_config.pop(name) for name in (*names, "tie_word_embeddings", "vision_config")
+    }
+    reference_config = Qwen2VLConfig(text_config=text_config, **top_level)
+    reference_config._attn_implementation = attn_implementation
     model = Qwen2VLForConditionalGeneration(reference_config)
-    missing, extra = model.load_state_dict(
-        {reference_name(n): t for n, t in weights.items()}, strict=False
-    )
-    assert not extra, f"names that the reference does not know: {extra}"
-    assert set(missing) <= {"lm_head.weight"}, f"names that the reference lacks: {missing}"
+    renamed = {reference_name(name): tensor for name, tensor in weights.items()}
+    missing, unexpected = model.load_state_dict(renamed, strict=False)
+    assert not unexpected, f"not parameters of the reference: {unexpected}"
+    assert set(missing) <= {"lm_head.weight"}, f"without a weight in the reference: {missing}"
     model.tie_weights()
     return model.to(dtype).eval()
 
 
 def token_types(config, input_ids):
-    """What transformers 5 wants beside the ids: 0 text, 1 image, 2 video."""
+    """Return the `mm_token_type_ids` of transformers 5: 0 text, 1 image, 2 video."""
     ids = torch.as_tensor(input_ids)
     return (ids == config["image_token_id"]).int() + 2 * (ids == config["video_token_id"]).int()
 
 
 def reference_logits(model, config, batch):
-    """The reference's logits for our batch."""
-    model.model.rope_deltas = None  # it keeps those of the last call
-    kinds = token_types(config, batch["input_ids"])
+    """Return the logits [B, S, V] of the reference for a batch of `make_batch`."""
+    model.model.rope_deltas = None  # those of the last call
+    types = token_types(config, batch["input_ids"])
     with torch.no_grad():
-        return model(**batch, mm_token_type_ids=kinds, use_cache=False).logits
+        return model(**batch, mm_token_type_ids=types, use_cache=False).logits
 
 
 def reference_generation(model, config, batch, steps):
@@ -293,9 +307,10 @@ def reference_generation(model, config, batch, steps):
 
 
 def cached_logits(model, batch, ids, prefill):
-    """Return our logits [B, S, V] for ids [B, S], computed with a cache.
+    """Return our logits [B, S, V] for ids [B, S], computed with a KV cache.
 
-    The first `prefill` tokens run at once, with the batch's images; the rest one by one.
+    The first `prefill` tokens run in one forward pass, with the images of the batch; the rest one
+    by one.
     """
     from qwen2vl import KVCache
 
@@ -312,17 +327,17 @@ def cached_logits(model, batch, ids, prefill):
     return torch.cat(steps, dim=1)
 
 
-def oracle_run(config, weights, row):
-    """Run `reference/numpy_model.py` on one sequence, see `random_row`."""
+def run_numpy_model(config, weights, sequence):
+    """Run `reference/numpy_model.py` in float64 on a sequence of `random_sequence`."""
     from reference import numpy_model
 
     float64_weights = {name: tensor.double().numpy() for name, tensor in weights.items()}
-    image_grids, image_patches = row["image"]
-    video_grids, video_patches = row["video"]
+    image_grids, image_patches = sequence["image"]
+    video_grids, video_patches = sequence["video"]
     return numpy_model.run(
         config,
         float64_weights,
-        row["ids"],
+        sequence["ids"],
         pixel_values=np.concatenate(image_patches) if image_grids else None,
         image_grid_thw=image_grids,
         pixel_values_videos=np.concatenate(video_patches) if video_grids else None,
@@ -331,31 +346,44 @@ def oracle_run(config, weights, row):
 
 
 def gap(a, b):
-    """Largest absolute difference; NaN counts as infinitely far."""
+    """Return the largest absolute difference; infinity where either is NaN."""
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (a, b))
     assert a.shape == b.shape
     return (a - b).abs().nan_to_num(float("inf")).max().item()
 
 
-# ---------------------------------------------------------------------------------- flash-attn's stand-in
+# ---------------------------------------------------------------------- a substitute for flash-attn
 
 
-def flash_attn_stand_in():
-    """A module to put into sys.modules as `flash_attn`: its varlen function, computed slowly, on any device.
+def fake_flash_attn():
+    """Return a module for sys.modules["flash_attn"], for any device and dtype.
 
-    The signature and the meaning are those of flash-attn 2.8 (`flash_attn/flash_attn_interface.py`): sequences
-    end to end in [total, heads, width], fewer key heads allowed, a causal mask aligned to the bottom right, a
-    window that counts both ends in, zeros for a query that may see nothing. Arguments that it would reject or
-    misread fail here. `module.calls` keeps what it was called with.
+    Signature and semantics are those of flash-attn 2.8 (`flash_attn/flash_attn_interface.py`):
+    packed sequences [total, heads, width], grouped key heads, a causal mask aligned to the bottom
+    right, a window inclusive of both ends, and zeros for a query without keys to attend to.
+    Arguments that flash-attn would reject or misread fail here. `module.calls` lists the calls.
     """
     module = types.ModuleType("flash_attn")
     module.calls = []
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
-        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
-        return_attn_probs=False, block_table=None,
-    ):  # fmt: skip
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        alibi_slopes=None,
+        deterministic=False,
+        return_attn_probs=False,
+        block_table=None,
+    ):
         (total, heads, width), (_, kv_heads, _) = q.shape, k.shape
         assert k.shape == v.shape == (len(k), kv_heads, width), (
             "k and v are [total, kv heads, width]"
@@ -374,30 +402,30 @@ def flash_attn_stand_in():
             assert cu_seqlens.device == q.device
             lengths = cu_seqlens.diff()
             assert cu_seqlens[0] == 0, "offsets start at 0"
-            assert cu_seqlens[-1] == end, "offsets end where the packed row ends"
+            assert cu_seqlens[-1] == end, "offsets end at the total length"
             assert (lengths >= 0).all()
-            assert type(longest) is int, "a tensor here would make the GPU wait"
-            assert longest == lengths.max(), (
-                "the longest sequence decides how many blocks are launched"
-            )
+            assert type(longest) is int, "a tensor would synchronize the GPU"
+            assert longest == lengths.max(), "max_seqlen determines how many blocks are launched"
         assert len(cu_seqlens_q) == len(cu_seqlens_k)
         module.calls.append(
             {"causal": causal, "cu_seqlens_q": cu_seqlens_q.tolist(), "heads": (heads, kv_heads)}
         )
 
         scale = width**-0.5 if softmax_scale is None else softmax_scale
-        left, right = window_size[0], 0 if causal else window_size[1]
+        left, right = window_size
+        if causal:
+            right = 0
         out = torch.zeros_like(q)
         ends = zip(cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), strict=True)
         for (q0, k0), (q1, k1) in itertools.pairwise(ends):
             keys, values = (x[k0:k1].repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
             i = torch.arange(q1 - q0, device=q.device)[:, None] + (k1 - k0) - (q1 - q0)
             j = torch.arange(k1 - k0, device=q.device)[None, :]
-            visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device)
-            visible &= (j >= i - left) if left >= 0 else True
-            visible &= (j <= i + right) if right >= 0 else True
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device)
+            mask &= (j >= i - left) if left >= 0 else True
+            mask &= (j <= i + right) if right >= 0 else True
             scores = torch.einsum("qhd,khd->hqk", q[q0:q1], keys) * scale
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num(0.0)
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1).nan_to_num(0.0)
             out[q0:q1] = torch.einsum("hqk,khd->qhd", weights, values)
         return out
 

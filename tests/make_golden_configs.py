@@ -1,8 +1,9 @@
-"""Writes tests/golden/configs.json: the config.json that several versions of transformers make of the same arguments.
+"""Write tests/golden/configs.json: what versions of transformers save as config.json.
 
     python tests/make_golden_configs.py
 
-Builds a throw-away environment for each version, so it needs the package index and a few minutes.
+It builds a temporary virtual environment per version, which takes the package index and a few
+minutes.
 """
 
 import json
@@ -41,31 +42,31 @@ WRITE = """
 import json, sys
 from transformers import Qwen2VLConfig
 arguments = json.loads(sys.argv[1])
-made = {}
+saved = {}
 for name, tied in (("tied", True), ("untied", False)):
     config = Qwen2VLConfig(**arguments, tie_word_embeddings=tied)
     config.save_pretrained(sys.argv[2])
-    made[name] = json.load(open(sys.argv[2] + "/config.json"))
-print(json.dumps(made))
+    saved[name] = json.load(open(sys.argv[2] + "/config.json"))
+print(json.dumps(saved))
 """
 
 
 def main() -> None:
     golden = {}
     for version in VERSIONS:
-        with tempfile.TemporaryDirectory() as folder:
-            venv.create(folder, with_pip=True)
-            python = Path(folder) / "bin" / "python"
+        with tempfile.TemporaryDirectory() as directory:
+            venv.create(directory, with_pip=True)
+            python = Path(directory) / "bin" / "python"
             subprocess.run(
                 [python, "-m", "pip", "install", "-q", f"transformers=={version}"], check=True
             )
-            done = subprocess.run(
-                [python, "-c", WRITE, json.dumps(ARGUMENTS), folder],
+            completed = subprocess.run(
+                [python, "-c", WRITE, json.dumps(ARGUMENTS), directory],
                 check=True,
                 capture_output=True,
                 text=True,
             )
-        golden[version] = json.loads(done.stdout.splitlines()[-1])
+        golden[version] = json.loads(completed.stdout.splitlines()[-1])
         print(f"transformers {version}: done", file=sys.stderr)
     path = Path(__file__).parent / "golden" / "configs.json"
     path.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")

@@ -1,10 +1,10 @@
-"""Makes the golden files of test_qwen2vl.py with transformers, so that the numbers can be checked without it.
+"""Write the golden files of test_qwen2vl.py with transformers, to check the numbers without it.
 
     python tests/make_golden_model.py        with transformers 5.23.0: golden/model.npz
                                              with transformers 4.57.6: golden/positions.json
 
-Positions come from 4.57.6 because later versions let the text after a long clip overlap its tail, where the
-paper and the published weights do not.
+Positions come from 4.57.6: later versions let the text after a long video overlap the positions of
+its last frames, which the paper and the published weights do not.
 """
 
 import json
@@ -18,7 +18,7 @@ import transformers
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# Small patches keep the file small, and show a 14 that is written into the code where the config should speak.
+# Small patches keep the file small, and reveal a hard-coded patch size of 14.
 MODELS = {
     "tied": helpers.small_config(
         heads=4,
@@ -45,7 +45,7 @@ CASES = {
     "row": [[4, ("image", 2, 3), 3, ("image", 1, 1), ("video", 2, 2, 2), 5]],
     "batch": [[9], [2, ("image", 3, 2), 2], [1, ("video", 2, 1, 3), 2, ("image", 2, 2), 4]],
 }
-LONG_CLIPS = [
+LONG_VIDEOS = [
     [[2], ["video", 4, 1, 2], [1]],
     [[1], ["video", 9, 2, 3], [3], ["image", 2, 2], [2]],
     [[3], ["image", 3, 1], ["video", 7, 1, 1], ["video", 5, 3, 2], [1]],
@@ -54,11 +54,12 @@ LONG_CLIPS = [
 
 
 def half(array):
-    """Values that float16 holds exactly, so that the file is small and nothing is lost."""
+    """Return the array in float16; the model computes from these exact values."""
     return np.asarray(array, dtype=np.float16)
 
 
 def make_model():
+    """Write model.npz: weights, inputs, features, positions and logits of each model and case."""
     arrays = {}
     for name, config in MODELS.items():
         weights = {n: half(w.numpy()) for n, w in helpers.random_weights(config, seed=11).items()}
@@ -66,40 +67,41 @@ def make_model():
         arrays |= {f"{name}/weights/{n}": w for n, w in weights.items()}
         exact = {n: torch.from_numpy(w.astype(np.float32)) for n, w in weights.items()}
         model = helpers.reference_model(config, exact)
-        for case, rows in CASES.items():
-            rows = [helpers.random_row(config, parts, seed) for seed, parts in enumerate(rows)]
-            batch = helpers.make_batch(rows, torch.float16)
+        for case, case_parts in CASES.items():
+            sequences = [
+                helpers.random_sequence(config, parts, seed)
+                for seed, parts in enumerate(case_parts)
+            ]
+            batch = helpers.make_batch(sequences, torch.float16)
             arrays |= {f"{name}/{case}/{n}": x.numpy() for n, x in batch.items()}
             batch = {n: x.float() if x.is_floating_point() else x for n, x in batch.items()}
             out = {"logits": helpers.reference_logits(model, config, batch)}
             with torch.no_grad():
-                images, clips = batch["image_grid_thw"], batch["video_grid_thw"]
-                out["features"] = model.model.visual(batch["pixel_values"], images).pooler_output
-                out["features_videos"] = model.model.visual(
-                    batch["pixel_values_videos"], clips
-                ).pooler_output
-            kinds = helpers.token_types(config, batch["input_ids"])
+                image_grids = batch["image_grid_thw"]
+                video_grids = batch["video_grid_thw"]
+                visual = model.model.visual
+                out["features"] = visual(batch["pixel_values"], image_grids).pooler_output
+                features = visual(batch["pixel_values_videos"], video_grids).pooler_output
+                out["features_videos"] = features
+            types = helpers.token_types(config, batch["input_ids"])
             out["position_ids"], out["rope_deltas"] = model.model.get_rope_index(
-                batch["input_ids"], kinds, images, clips, batch.get("attention_mask")
+                batch["input_ids"], types, image_grids, video_grids, batch.get("attention_mask")
             )
             arrays |= {f"{name}/{case}/{n}": x.numpy() for n, x in out.items()}
     np.savez_compressed(GOLDEN / "model.npz", **arrays)
 
 
 def make_positions():
+    """Write positions.json: the positions of sequences with long videos."""
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
-    config, cases = helpers.SHAPES["plain"], []
-    model = SimpleNamespace(
-        config=SimpleNamespace(
-            **(config | {"vision_config": SimpleNamespace(**config["vision_config"])})
-        )
-    )
-    for parts in LONG_CLIPS:
-        row = helpers.random_row(
-            config, [part[0] if len(part) == 1 else tuple(part) for part in parts]
-        )
-        batch = helpers.make_batch([row])
+    config = helpers.SHAPES["default"]
+    vision_config = SimpleNamespace(**config["vision_config"])
+    model = SimpleNamespace(config=SimpleNamespace(**(config | {"vision_config": vision_config})))
+    cases = []
+    for parts in LONG_VIDEOS:
+        tuples = [part[0] if len(part) == 1 else tuple(part) for part in parts]
+        batch = helpers.make_batch([helpers.random_sequence(config, tuples)])
         positions, delta = Qwen2VLModel.get_rope_index(
             model, batch["input_ids"], batch.get("image_grid_thw"), batch.get("video_grid_thw")
         )
@@ -113,8 +115,6 @@ def make_positions():
 if __name__ == "__main__":
     make = {"5.23.0": make_model, "4.57.6": make_positions}.get(transformers.__version__)
     if make is None:
-        raise SystemExit(
-            f"transformers is {transformers.__version__}, the golden files are of 5.23.0 and 4.57.6"
-        )
+        raise SystemExit(f"expected transformers 5.23.0 or 4.57.6, got {transformers.__version__}")
     GOLDEN.mkdir(exist_ok=True)
     make()

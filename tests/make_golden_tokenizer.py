@@ -1,8 +1,8 @@
-"""Write tests/golden/tokenizer.json: token ids and decoded texts of the reference, transformers 5.23.0.
+"""Write tests/golden/tokenizer.json: token ids and decoded texts of transformers 5.23.0.
 
     python tests/make_golden_tokenizer.py
 
-Run it again only when the cases in texts.py change. It needs the test requirements and no network.
+Needed only when the cases in texts.py change. It requires requirements-dev.txt and no network.
 """
 
 import json
@@ -17,20 +17,18 @@ GOLDEN = Path(__file__).parent / "golden" / "tokenizer.json"
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        reference = Qwen2Tokenizer.from_pretrained(build_tokenizer(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        reference = Qwen2Tokenizer.from_pretrained(build_tokenizer(directory))
     encoded = {name: reference(text)["input_ids"] for name, text in TEXTS.items()}
     decoded = {
         name: [reference.decode(ids, skip_special_tokens=skip) for skip in (True, False)]
         for name, ids in (encoded | IDS).items()
     }
-    lines = [
-        f"{json.dumps(part)}: {json.dumps(rows)}"
-        for part, rows in (("ids", encoded), ("text", decoded))
-    ]
+    lines = [f'"ids": {json.dumps(encoded)}', f'"text": {json.dumps(decoded)}']
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(
-        f"{GOLDEN}: {len(encoded)} texts, {len(decoded)} id sequences, {GOLDEN.stat().st_size} bytes"
+        f"{GOLDEN}: {len(encoded)} texts, {len(decoded)} id sequences, "
+        f"{GOLDEN.stat().st_size} bytes"
     )
 
 

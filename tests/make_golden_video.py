@@ -1,11 +1,12 @@
-"""Write tests/golden/video.json: what the official helper, qwen-vl-utils 0.0.14, makes of small films and lists.
+"""Write tests/golden/video.json: small videos and lists of frames, sampled by qwen-vl-utils 0.0.14.
 
     python tests/make_golden_video.py
 
-Fetches the helper into a folder of its own, so it needs the package index; PyAV, torch, requests and packaging have
-to be there. The helper imports torchvision, which has no CPU-only wheel on the package index, and reads films with
-that or with decord. Stand-ins take their place here: PyAV reads, as in torchvision, and `resize` does what
-torchvision's (its first transforms, version 0.24) does to tensors: bicubic with antialiasing in float32, rounded.
+It installs qwen-vl-utils into a temporary directory, so it needs the package index; PyAV, torch,
+requests and packaging must be installed. qwen-vl-utils imports torchvision, which has no CPU-only
+wheel on the package index, and reads videos with torchvision or decord. Both are replaced here:
+PyAV decodes, as in torchvision, and `resize` computes what torchvision 0.24 does to tensors:
+bicubic with antialiasing in float32, rounded.
 """
 
 import itertools
@@ -21,13 +22,13 @@ from types import ModuleType, SimpleNamespace
 
 import av
 import numpy as np
-from clips import encode, film
+from clips import draw_frames, encode
 from PIL import Image
 
 GOLDEN = Path(__file__).parent / "golden" / "video.json"
 
-# name: (file name, frames, width, height, settings of `encode`)
-FILMS = {
+# name: (file name, frames, width, height, arguments of `encode`)
+VIDEOS = {
     "30 fps": ("a.mp4", 75, 64, 48, {"rate": 30}),
     "29.97 fps": ("b.mp4", 61, 48, 64, {"rate": Fraction(30000, 1001)}),
     "24 fps, B-frames": (
@@ -77,7 +78,7 @@ COMMON += [
     {"resized_height": 5, "resized_width": 400},
 ]
 ITEMS = [
-    (name, options) for name in FILMS for options in (COMMON[:14:4] if name == "large" else COMMON)
+    (name, options) for name in VIDEOS for options in (COMMON[:14:4] if name == "large" else COMMON)
 ]
 ITEMS += [
     ("25 fps, long", {"video_start": start, "video_end": end})
@@ -86,7 +87,8 @@ ITEMS += [
 ITEMS += [("25 fps, long", {"fps": fps}) for fps in (0.1, 0.7, 2.5)]
 ITEMS += [("25 fps, long", {"fps": 3, "min_frames": 40, "max_frames": 41, "video_start": 1.5})]
 
-# Lists of frames (n, width, height). The helper resizes them first to multiples of 56, which changes the first four.
+# Lists of frames (n, width, height). qwen-vl-utils first resizes them to multiples of 56, which
+# changes the first 4.
 LISTS = [
     (2, 320, 240),
     (3, 640, 360),
@@ -99,8 +101,8 @@ LISTS = [
 LIST_OPTIONS = [{}, {"total_pixels": 300_000}]
 
 
-def stand_ins() -> dict[str, ModuleType]:
-    """Modules to put into sys.modules under their names."""
+def fake_modules() -> dict[str, ModuleType]:
+    """Return the replacements for torchvision and decord, to put into sys.modules."""
     import torch
 
     def read(path):
@@ -111,7 +113,7 @@ def stand_ins() -> dict[str, ModuleType]:
             ), rate
 
     def read_video(path, start_pts, end_pts, pts_unit, output_format):
-        assert (start_pts, end_pts) == (0.0, None), "ranges are left to decord's stand-in"
+        assert (start_pts, end_pts) == (0.0, None), "ranges are read by the fake decord"
         frames, rate = read(path)
         return torch.from_numpy(frames).permute(0, 3, 1, 2), None, {"video_fps": rate}
 
@@ -137,12 +139,10 @@ def stand_ins() -> dict[str, ModuleType]:
     modules = {
         name: ModuleType(name) for name in ("torchvision", "torchvision.transforms", "decord")
     }
-    top, transforms, decord = modules.values()
-    top.__version__, top.transforms, top.io = (
-        "0.24.0",
-        transforms,
-        SimpleNamespace(read_video=read_video),
-    )
+    torchvision, transforms, decord = modules.values()
+    torchvision.__version__ = "0.24.0"
+    torchvision.transforms = transforms
+    torchvision.io = SimpleNamespace(read_video=read_video)
     transforms.functional = SimpleNamespace(resize=resize)
     transforms.InterpolationMode = SimpleNamespace(BICUBIC="bicubic")
     decord.VideoReader = VideoReader
@@ -150,81 +150,102 @@ def stand_ins() -> dict[str, ModuleType]:
 
 
 def summary(frames: np.ndarray) -> dict:
-    """Of uint8 [F, H, W, 3]: the size, the mean of up to 4 frames, and 12 values spread over all."""
-    some = frames[:: len(frames) // 4 + 1]
+    """Return of uint8 [F, H, W, 3] the size, the mean of up to 4 frames, and every n-th value."""
+    selected = frames[:: len(frames) // 4 + 1]
     return {
         "size": list(frames.shape[1:3]),
-        "means": [round(float(frame.mean()), 2) for frame in some],
+        "means": [round(float(frame.mean()), 2) for frame in selected],
         "values": frames.ravel()[:: frames.size // 12 + 1].tolist(),
     }
 
 
-def write_films(folder: Path) -> dict[str, Path]:
-    """Encode all of FILMS: name → path."""
-    paths = {name: folder / file for name, (file, *_) in FILMS.items()}
-    for name, (_, n, width, height, settings) in FILMS.items():
-        encode(paths[name], film(n, width, height), **settings)
+def write_videos(directory: Path) -> dict[str, Path]:
+    """Encode all of VIDEOS; return {name: path}."""
+    paths = {name: directory / file for name, (file, *_) in VIDEOS.items()}
+    for name, (_, n, width, height, arguments) in VIDEOS.items():
+        encode(paths[name], draw_frames(n, width, height), **arguments)
     return paths
 
 
 def run_helper(helper, paths: dict[str, Path]) -> dict:
-    golden = {"films": [], "lists": [], "counts": [], "spread": []}
+    """Return the golden records of `helper`, the module qwen_vl_utils.vision_process."""
+    draw = random.Random(0)
+    return {
+        "films": sample_videos(helper, paths),
+        "lists": resize_lists(helper),
+        "counts": count_frames(helper, draw),
+        "spread": spread_indices(draw),
+    }
+
+
+def sample_videos(helper, paths: dict[str, Path]) -> list[dict]:
+    """Return a record for each of ITEMS that the helper accepts."""
+    records = []
     for name, options in ITEMS:
         item = {"video": str(paths[name]), **options}
         try:
-            helper._read_video_decord(
-                item
-            )  # raises what `fetch_video` would pass over, to try torchvision
-            video, details = helper.fetch_video(item, return_video_metadata=True)
-        except (
-            ValueError,
-            AssertionError,
-        ):  # too few frames, a range of one frame, impossible bounds
-            continue
-        indices = details["frames_indices"]
+            # Raises where `fetch_video` would fall back to torchvision.
+            helper._read_video_decord(item)
+            video, metadata = helper.fetch_video(item, return_video_metadata=True)
+        except (ValueError, AssertionError):
+            continue  # too few frames, a range of one frame, or impossible bounds
+        indices = metadata["frames_indices"]
         if not options.keys() & {"video_start", "video_end"}:
             assert helper._read_video_torchvision(item)[1]["frames_indices"].tolist() == indices
         frames = video.permute(0, 2, 3, 1).byte().numpy()
-        golden["films"].append(
-            {"film": name, "options": options, "indices": indices, **summary(frames)}
-        )
-    for (n, width, height), options in itertools.product(LISTS, LIST_OPTIONS):
-        pictures = [Image.fromarray(frame) for frame in film(n, width, height)]
-        frames = (
-            helper.fetch_video({"video": pictures, **options}).permute(0, 2, 3, 1).byte().numpy()
-        )
-        golden["lists"].append({"list": [n, width, height], "options": options, **summary(frames)})
+        record = {"film": name, "options": options, "indices": indices}
+        records.append(record | summary(frames))
+    return records
 
-    draw = random.Random(0)
-    while len(golden["counts"]) < 300:
-        total, rate = (
-            int(10 ** draw.uniform(0.3, 5)),
-            draw.choice([4, 10, 15, 24, 25, 30, 60, 30000 / 1001, 12.34]),
-        )
-        item = (
-            {"nframes": draw.randint(1, 800)}
-            if draw.random() < 0.3
-            else {"fps": round(10 ** draw.uniform(-2, 1.5), 2)}
-        )
+
+def resize_lists(helper) -> list[dict]:
+    """Return a record for each list of frames and its options."""
+    records = []
+    for (n, width, height), options in itertools.product(LISTS, LIST_OPTIONS):
+        images = [Image.fromarray(frame) for frame in draw_frames(n, width, height)]
+        video = helper.fetch_video({"video": images, **options})
+        frames = video.permute(0, 2, 3, 1).byte().numpy()
+        records.append({"list": [n, width, height], "options": options, **summary(frames)})
+    return records
+
+
+def count_frames(helper, draw: random.Random) -> list[list]:
+    """Return 300 random inputs of `smart_nframes` with its result."""
+    records = []
+    while len(records) < 300:
+        total = int(10 ** draw.uniform(0.3, 5))
+        rate = draw.choice([4, 10, 15, 24, 25, 30, 60, 30000 / 1001, 12.34])
+        if draw.random() < 0.3:
+            item = {"nframes": draw.randint(1, 800)}
+        else:
+            item = {"fps": round(10 ** draw.uniform(-2, 1.5), 2)}
         if "fps" in item and draw.random() < 0.5:
             item |= {"min_frames": draw.randint(0, 20), "max_frames": draw.randint(2, 900)}
         try:
-            golden["counts"].append([total, rate, item, helper.smart_nframes(item, total, rate)])
+            records.append([total, rate, item, helper.smart_nframes(item, total, rate)])
         except ValueError:
             continue
+    return records
+
+
+def spread_indices(draw: random.Random) -> list[list]:
+    """Return 12 frame ranges with the indices that float32 gives."""
     import torch
 
-    while len(golden["spread"]) < 12:  # where computing in float64 gives other numbers
-        first, total, n = draw.randint(0, 9), draw.randint(2000, 200_000), draw.randint(20, 120)
+    records = []
+    while len(records) < 12:  # where float64 gives other integers
+        first = draw.randint(0, 9)
+        total = draw.randint(2000, 200_000)
+        n = draw.randint(20, 120)
         indices = torch.linspace(first, first + total, n).round().long().tolist()
         if indices != np.linspace(first, first + total, n).round().astype(int).tolist():
-            golden["spread"].append([first, first + total, indices])
-    return golden
+            records.append([first, first + total, indices])
+    return records
 
 
 def main() -> None:
     os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as directory:
         install = [
             sys.executable,
             "-m",
@@ -233,15 +254,15 @@ def main() -> None:
             "-q",
             "--no-deps",
             "--target",
-            folder,
+            directory,
             "qwen-vl-utils==0.0.14",
         ]
         subprocess.run(install, check=True)
-        sys.modules.update(stand_ins())
-        sys.path.insert(0, folder)
+        sys.modules.update(fake_modules())
+        sys.path.insert(0, directory)
         from qwen_vl_utils import vision_process
 
-        golden = run_helper(vision_process, write_films(Path(folder)))
+        golden = run_helper(vision_process, write_videos(Path(directory)))
     parts = (
         f'"{part}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]"
         for part, records in golden.items()

@@ -79,7 +79,7 @@ def pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 def build_tokenizer(folder: str | Path) -> Path:
     """Write `tokenizer.json` and `tokenizer_config.json` as in the published checkpoints.
 
-    Takes a few seconds.
+    This takes a few seconds.
     """
     ranks = read_ranks()
     letter = {byte: character for character, byte in BYTE_OF.items()}
@@ -92,7 +92,7 @@ def build_tokenizer(folder: str | Path) -> Path:
     return _write_tokenizer(folder, {spelled[token]: ranks[token] for token in ranks}, merges)
 
 
-# The 256 bytes and one word: a vocabulary that loads in no time.
+# The 256 bytes and one word: a vocabulary that loads at once.
 SMALL_MERGES = [["h", "e"], ["l", "l"], ["he", "ll"], ["hell", "o"]]
 
 
@@ -247,11 +247,11 @@ def _drop_tokens(config: dict) -> None:
 
 
 LAYOUTS = (
-    "published",  # all in both files
+    "published",  # all tokens in both files
     "incomplete",  # tokenizer.json lacks the vision tokens
     "incomplete in the middle",  # tokenizer.json lacks the box tokens, with the ids after them
     "without added tokens",  # tokenizer.json lacks all of them
-    "4.45",  # all of them, in the files of all kinds
+    "4.45",  # all of them, in every kind of file
     "5.x",  # no added_tokens_decoder
     "vocab.json",  # no tokenizer.json
     "added_tokens.json",  # no tokenizer.json and no added_tokens_decoder

@@ -1,4 +1,4 @@
-"""Texts and ids that tokenizers get wrong, for the tests and for the script of the golden ids."""
+"""Texts and token ids that tokenizers often get wrong."""
 
 TEXTS = {
     "empty": "",
@@ -34,15 +34,17 @@ TEXTS = {
     "controls": "\x00\x01\x1b[31m\x7f\x80\x9f\u202eabc\u202c",
     "replacement character": "\ufffd a\ufffdb",
     "chat tokens": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-    "all control tokens": "<|endoftext|><|object_ref_start|>x<|object_ref_end|><|box_start|>(1,2)<|box_end|>"
+    "all control tokens": "<|endoftext|><|object_ref_start|>x<|object_ref_end|>"
+    "<|box_start|>(1,2)<|box_end|>"
     "<|quad_start|><|quad_end|><|vision_start|><|image_pad|><|video_pad|><|vision_pad|><|vision_end|>",
     "control tokens with blanks": " <|im_end|>  <|im_end|>\n<|image_pad|> x<|image_pad|>y",
-    "not quite control tokens": "<|im_start <|im_end| |> <|image_pads|> <|IM_END|> < |im_end|> <|extra_0|>",
+    "not quite control tokens": "<|im_start <|im_end| |> <|image_pads|> <|IM_END|> "
+    "< |im_end|> <|extra_0|>",
     "long run": "a" * 300 + " " * 130 + "!" * 70 + "好" * 40,
 }
 
-# Id sequences that are no encoding of any text. The first 256 ids are single bytes: 172 is 0xF0,
-# 253 is 0x9F, 246 is 0x98, 222 is 0x80, and 9284 is 0xF0 0x9F; F0 9F 98 80 is 😀. 74785 is
+# Token id sequences that are not the encoding of any text. The first 256 ids are single bytes: 172
+# is 0xF0, 253 is 0x9F, 246 is 0x98, 222 is 0x80, and 9284 is 0xF0 0x9F; F0 9F 98 80 is 😀. 74785 is
 # "Describe", 419 is " this".
 IDS = {
     "a character in four tokens": [172, 253, 246, 222],

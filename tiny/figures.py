@@ -18,7 +18,7 @@ matplotlib.use("Agg")  # draws into files, without a screen
 from matplotlib import pyplot as plt
 from PIL import Image, ImageDraw
 
-from extras.boxes import find_boxes
+from apps.grounding import find_boxes
 from load_weights import load_model
 from preprocess import Processor
 from tiny.scenes import QAPair, Sample, draw

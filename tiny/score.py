@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from extras.boxes import find_boxes
+from apps.grounding import find_boxes
 from generate import generate
 from load_weights import load_model
 from preprocess import Processor

@@ -1,0 +1,281 @@
+"""A checkpoint by directory or hub name → its weight files, or why it cannot be loaded.
+
+Quantized uploads, adapters, GGUF files, pickles and other models are named in one sentence, before
+their tensors are listed.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import safe_open
+
+import hub
+from json_files import read_json
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def find_checkpoint(name_or_folder: str | Path, weights: bool = True) -> Path:
+    """Return the directory of a checkpoint: the one named, or the snapshot of a hub name.
+
+    A snapshot is downloaded where needed; weights: with its weights. A `~` at the start is the home
+    directory. Raises FileNotFoundError if it is neither a directory nor a hub name, OSError if the
+    download fails.
+    """
+    name = str(name_or_folder)
+    path = Path(name_or_folder)
+    with suppress(RuntimeError):  # a user that does not exist: then there is no such directory
+        path = path.expanduser()
+    if path.is_dir() and name:
+        return path
+    if path.name.lower().endswith(".gguf"):
+        raise FileNotFoundError(gguf_refusal(name))
+    if path.exists() and name:
+        raise FileNotFoundError(
+            f"{name} is a file; expected a checkpoint directory, such as the one that holds it, "
+            "or a hub name"
+        )
+    if name.count("/") != 1 or name[0] in "./~":
+        raise FileNotFoundError(
+            f"no folder {name}, nor a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+        )
+    return hub.snapshot(name, weights)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a directory: `model.safetensors`, else those of the index.
+
+    Warns of an index beside a `model.safetensors`, which is ignored as in the reference.
+    Raises FileNotFoundError for files that are missing, ValueError for an index that is damaged.
+    """
+    folder = Path(folder)
+    if (folder / WEIGHTS).is_file():
+        if (folder / INDEX).is_file():
+            warnings.warn(
+                f"{folder} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} is used", stacklevel=2
+            )
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise FileNotFoundError(explain_no_weights(folder))
+    names = shard_names(folder)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {first_few(missing)}, named by {INDEX}")
+    return [folder / name for name in names]
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Return the sorted file names in the index, each of them in the index's own directory."""
+    path = folder / INDEX
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(
+            f"{path}: weight_map: expected an object that names the file of each tensor, "
+            f"got {reprlib.repr(weight_map)}"
+        )
+    for name in weight_map.values():
+        is_file_name = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
+        if not is_file_name:
+            raise ValueError(
+                f"{path}: weight_map: expected names of safetensors files in the same directory, "
+                f"got {reprlib.repr(name)}"
+            )
+    return sorted(set(weight_map.values()))
+
+
+def explain_no_weights(folder: Path) -> str:
+    """Return the sentence for a directory without safetensors weights of an expected name."""
+    names = sorted(path.name for path in folder.iterdir())
+    if any(name.endswith(".gguf") for name in names):
+        return gguf_refusal(folder)
+    others = [name for name in names if re.search(r"\.(bin|pth|pt|ckpt|h5|msgpack|npz)$", name)]
+    if others:
+        return (
+            f"{folder} lacks {WEIGHTS} and holds {first_few(others)}: only safetensors files are "
+            "read, as those of pickle can run code; convert the checkpoint with transformers' "
+            "save_pretrained"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    if others:
+        return f"{folder} lacks {WEIGHTS} or {INDEX}, which would name {first_few(others)}"
+    return f"{folder} lacks {WEIGHTS}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn any error of the safetensors library in the block into a ValueError naming the file."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic in its Rust code is no Exception
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
+
+
+def open_shard(path: Path) -> safe_open:
+    """Memory-map a safetensors file.
+
+    Raises ValueError naming it if it is empty, cut off or of another format.
+    """
+    with naming(path), open(path, "rb") as file:
+        start = file.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
+        )
+    with naming(path):
+        return safe_open(path, framework="pt")
+
+
+def first_few(names: list[str], limit: int = 3) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+# ---------------------------------------------------------------- checkpoints that cannot be loaded
+# Methods by their `quant_method` in config.json; others are named as they are there.
+METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "hqq": "HQQ",
+    "eetq": "EETQ",
+    "aqlm": "AQLM",
+    "mlx": "MLX",
+}
+# Endings of tensor names that only quantized weights and adapters have; the first one present
+# decides.
+QUANTIZED_ENDINGS = {
+    ".qweight": "AWQ or GPTQ",
+    ".qzeros": "AWQ or GPTQ",
+    ".SCB": "bitsandbytes",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "FP8 or compressed-tensors",
+    ".weight_scale_inv": "FP8",
+    ".input_scale": "FP8",
+    ".codebooks": "AQLM",
+    ".W_q": "HQQ",
+    ".weight_scales": "EETQ",
+    ".weight._data": "quanto",
+    ".weight._scale": "quanto",
+    ":qdata": "torchao",
+    ".weight_qdata": "torchao",
+    ".scales": "MLX",
+}
+FULL_PRECISION = {  # by hidden_size
+    1536: "Qwen/Qwen2-VL-2B-Instruct",
+    3584: "Qwen/Qwen2-VL-7B-Instruct",
+    8192: "Qwen/Qwen2-VL-72B-Instruct",
+}
+
+
+def check_supported(folder: str | Path) -> None:
+    """Raise an error for a directory that holds no full-precision Qwen2-VL checkpoint.
+
+    The error is a ValueError or FileNotFoundError; its sentence names what the directory holds
+    instead (an adapter, GGUF files, quantized weights, another model) and what to use. Reads
+    config.json and the names of files, not the weights. A directory with nothing of that passes:
+    the readers of its files say what is missing.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(adapter_refusal(folder))
+        if any(folder.glob("*.gguf")):
+            raise ValueError(gguf_refusal(folder))
+        return
+    raw_config = read_json(folder, "config.json")
+    model_type = raw_config.get("model_type")
+    if model_type != "qwen2_vl":
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type: expected 'qwen2_vl', "
+            f"got {reprlib.repr(model_type)}: only Qwen2-VL checkpoints can be loaded"
+        )
+    method = quantization_method(raw_config)
+    if method is not None:
+        raise ValueError(quantized_refusal(folder, method, raw_config))
+    if any(folder.glob("adapter_model.*")):
+        raise ValueError(adapter_refusal(folder))
+
+
+def quantization_method(raw_config: dict) -> str | None:
+    """Return the quantization method that config.json specifies, with its bits."""
+    found = None
+    for part in (raw_config, raw_config.get("text_config")):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = found or (isinstance(part, dict) and part.get(key))
+    if not found:
+        return None
+    if not isinstance(found, dict):
+        return reprlib.repr(found)
+    method = found.get("quant_method")
+    bits = found.get("bits", found.get("w_bit"))
+    if method is None and "group_size" in found:
+        method = "mlx"
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        method = method or "bitsandbytes"
+        bits = 4 if found.get("load_in_4bit") else 8
+    name = METHODS.get(str(method).lower(), str(method or "an unnamed method"))
+    return f"{name} ({bits} bits)" if isinstance(bits, int) else name
+
+
+def quantized_refusal(folder: Path, method: str, raw_config: dict) -> str:
+    """Return the sentence for quantized weights; it names the full-precision checkpoint."""
+    text_config = raw_config.get("text_config")
+    width = raw_config.get("hidden_size")
+    if isinstance(text_config, dict):
+        width = text_config.get("hidden_size", width)
+    names = [name for hidden_size, name in FULL_PRECISION.items() if hidden_size == width]
+    example = (names or ["Qwen/Qwen2-VL-2B-Instruct"])[0]
+    return (
+        f"the weights in {folder} are quantized with {method}, which cannot be loaded: use the "
+        f"full-precision checkpoint, such as {example}, with --quantize int8 or int4 to save memory"
+    )
+
+
+def gguf_refusal(source: str | Path) -> str:
+    """Return the sentence for weights in the GGUF format."""
+    return (
+        f"{source} holds weights in the GGUF format of llama.cpp, which cannot be loaded: use the "
+        "safetensors checkpoint, such as Qwen/Qwen2-VL-2B-Instruct, with --quantize int8 or int4 "
+        "to save memory"
+    )
+
+
+def adapter_refusal(folder: Path) -> str:
+    """Return the sentence for a LoRA adapter, with the name of its base model."""
+    base = None
+    with suppress(OSError, ValueError):  # the name is an extra: the sentence holds without it
+        base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
+    base = base if isinstance(base, str) and base else "its base model"
+    return (
+        f"{folder} holds an adapter (LoRA) for {base}, which cannot be loaded: merge it into the "
+        "base model with PEFT's merge_and_unload, and use the directory of the merged model"
+    )
+
+
+def check_not_quantized(folder: Path, names: list[str]) -> None:
+    """Raise ValueError if the tensor names are those of quantized weights or of an adapter.
+
+    Serves checkpoints whose config.json omits it.
+    """
+    if any(".lora_A." in name or ".lora_B." in name for name in names):
+        raise ValueError(adapter_refusal(folder))
+    if any(".quant_state." in name for name in names):
+        method = "bitsandbytes"
+        raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
+    for ending, method in QUANTIZED_ENDINGS.items():
+        if any(name.endswith(ending) for name in names):
+            raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))

@@ -1,0 +1,541 @@
+"""What `generate.py` and the apps share: options, loading, status lines and the error boundary.
+
+    parser = build_parser("Answer a question about images and videos with Qwen2-VL.")
+    arguments = parse_arguments(parser, argv)
+    session = open_session(arguments)  # processor, batch, model
+
+Answers go to stdout, all else to stderr. What a user can fix is one sentence and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+
+import linear
+from checkpoint_files import check_supported, find_checkpoint
+from load_weights import load_model
+from preprocess import Batch, Processor
+from qwen2vl import Qwen2VL
+
+logger = logging.getLogger("qwen2vl")
+
+BUNDLED_CHECKPOINT = Path(__file__).parent / "tiny" / "checkpoint"
+BUNDLED_NOTE = "(for photographs and real questions: --model Qwen/Qwen2-VL-2B-Instruct)"
+
+
+# ------------------------------------------------------------------------------------------ options
+def build_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every program that answers a question.
+
+    program: how it is called, where that is not the name of its file.
+    """
+    parser = argparse.ArgumentParser(program, description=description)
+    add_question_options(parser)
+    add_media_options(parser)
+    add_model_options(parser)
+    add_sampling_options(parser)
+    parser.add_argument(
+        "--quiet", action="store_true", help="print nothing but the answer, warnings and errors"
+    )
+    return parser
+
+
+def image_item(source: str) -> dict:
+    """Return the content item of an `--image` option."""
+    return {"type": "image", "image": source}
+
+
+def video_item(source: str) -> dict:
+    """Return the content item of a `--video` option."""
+    return {"type": "video", "video": source}
+
+
+def add_question_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what is asked."""
+    media: dict[str, Any] = {"dest": "media", "action": "append", "default": [], "metavar": "FILE"}
+    parser.add_argument(
+        "--image", type=image_item, **media, help="an image: a file or a URL; repeat for several"
+    )
+    parser.add_argument(
+        "--video",
+        type=video_item,
+        **media,
+        help="a video, or a directory of its frames: a file or a URL; repeat for several",
+    )
+    parser.add_argument(
+        "--prompt", help='the question (default with images: "Describe this image.")'
+    )
+    parser.add_argument("--system", help="the system message, in place of the default one")
+
+
+def add_media_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how images and videos become input of the model."""
+    parser.add_argument(
+        "--fps", type=float, metavar="R", help="frames of a video for each second (default: 2)"
+    )
+    parser.add_argument(
+        "--nframes", type=int, metavar="N", help="frames of a video in all, in place of --fps"
+    )
+    parser.add_argument(
+        "--min-pixels",
+        type=int,
+        metavar="N",
+        help="enlarge smaller images and frames to at least this area",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        metavar="N",
+        help="shrink larger images and frames to at most this area",
+    )
+    parser.add_argument(
+        "--add-vision-id",
+        action="store_true",
+        help='number the images and videos for the model ("Picture 1: ")',
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what computes the answer."""
+    parser.add_argument(
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="a checkpoint directory or hub name (default: the bundled tiny one)",
+    )
+    parser.add_argument(
+        "--processor",
+        metavar="DIR_OR_NAME",
+        help="a checkpoint whose tokenizer and image settings are used, where --model has none",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if available)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32", "float64"),
+        help="(default: the checkpoint's)",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "int4"), help="bits of the decoder's weights"
+    )
+    parser.add_argument(
+        "--attention",
+        choices=("auto", "eager", "sdpa", "flash", "plain"),
+        default="auto",
+        help="attention implementation (default: auto; plain is the former name of eager)",
+    )
+
+
+def add_debug_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the programs that only generate: generate.py, chat and batch."""
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="capture the decode step as a CUDA graph and replay it",
+    )
+    parser.add_argument(
+        "--debug-nan",
+        action="store_true",
+        help="name the first layer whose output is NaN or infinite",
+    )
+
+
+def check_debug_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with one sentence and exit code 2 where the options of `add_debug_options` conflict."""
+    if arguments.cuda_graph and arguments.debug_nan:
+        parser.error("--cuda-graph and --debug-nan exclude each other: a replay calls no modules")
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of how tokens are chosen."""
+    group = parser.add_argument_group(
+        "sampling", "what is not given comes from the model's generation_config.json"
+    )
+    group.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="end an answer after so many tokens (default: the model's, else 128)",
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0: always the most probable token"
+    )
+    group.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K most probable tokens; 0: all"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the most probable that sum to P; 1: all",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: repeat less; 1: off"
+    )
+    group.add_argument("--seed", type=int, help="make sampled answers repeatable")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, needs_question: bool = True
+) -> argparse.Namespace:
+    """Return the options, checked by themselves and together.
+
+    Exits with code 2 as argparse does.
+    """
+    arguments = parser.parse_args(argv)
+    problem = number_problem(arguments)
+    if needs_question and arguments.prompt is None and not arguments.media:
+        problem = "expected --image, --video or --prompt, got none of them"
+    if problem is not None:
+        parser.error(problem)
+    encoding = sys.getfilesystemencoding()
+    if arguments.prompt is not None:
+        arguments.prompt = recover_utf8(arguments.prompt, encoding)
+    if arguments.system is not None:
+        arguments.system = recover_utf8(arguments.system, encoding)
+    return arguments
+
+
+def number_problem(arguments: argparse.Namespace) -> str | None:
+    """Return which number is out of its range, or None.
+
+    `GenerationConfig` checks those of sampling.
+    """
+    for name in ("max_new_tokens", "min_pixels", "max_pixels", "nframes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            return f"--{name.replace('_', '-')} is {value}, expected 1 or more"
+    if arguments.fps is not None and not (arguments.fps > 0 and math.isfinite(arguments.fps)):
+        return f"--fps is {arguments.fps}, expected a number above 0"
+    least = arguments.min_pixels
+    most = arguments.max_pixels
+    if least is not None and most is not None and least > most:
+        return f"--min-pixels is {least}, expected at most --max-pixels, {most}"
+    return None
+
+
+def video_options(arguments: argparse.Namespace) -> dict:
+    """Return --fps and --nframes as options of a video item, those that are given."""
+    options = {}
+    if arguments.fps is not None:
+        options["fps"] = arguments.fps
+    if arguments.nframes is not None:
+        options["nframes"] = arguments.nframes
+    return options
+
+
+def media_items(arguments: argparse.Namespace) -> list[dict]:
+    """Return the content items of --image and --video, in their order."""
+    items = []
+    for item in arguments.media:
+        if item["type"] == "video":
+            item = item | video_options(arguments)
+        items.append(item)
+    return items
+
+
+def system_messages(arguments: argparse.Namespace) -> list[dict]:
+    """Return the message of --system in a list, which is empty without the option."""
+    if arguments.system is None:
+        return []
+    return [{"role": "system", "content": arguments.system}]
+
+
+def build_messages(arguments: argparse.Namespace) -> list[dict]:
+    """Return the conversation of the options: a system message, if any, and one question."""
+    content = media_items(arguments)
+    prompt = arguments.prompt
+    if prompt is None:
+        has_image = any(item["type"] == "image" for item in content)
+        prompt = "Describe this image." if has_image else "Describe this video."
+    content.append({"type": "text", "text": prompt})
+    return [*system_messages(arguments), {"role": "user", "content": content}]
+
+
+def sampling_options(arguments: argparse.Namespace) -> dict:
+    """Return the fields of `generate.GenerationConfig` that the command line gives."""
+    options = {}
+    for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed"):
+        value = getattr(arguments, name)
+        if value is not None:
+            options[name] = value
+    if options.get("temperature") == 0:
+        options |= {"temperature": 1.0, "do_sample": False}
+    elif options.keys() & {"temperature", "top_k", "top_p"}:
+        options["do_sample"] = True
+    return options
+
+
+# ------------------------------------------------------------------------------------------ loading
+class Session(NamedTuple):
+    """Everything that is needed to answer one question."""
+
+    processor: Processor
+    batch: Batch
+    model: Qwen2VL
+    seconds: float  # that the batch took
+
+
+def open_session(arguments: argparse.Namespace) -> Session:
+    """Preprocess the question, then load the model.
+
+    Raises OSError or ValueError with one sentence for whatever the user can fix.
+    """
+    directory, processor = load_processor(arguments)
+    # Before the model: a wrong path should not wait until the weights are loaded.
+    start = time.perf_counter()
+    batch = processor(build_messages(arguments), add_vision_id=arguments.add_vision_id)
+    seconds = time.perf_counter() - start
+    for media in batch.media:
+        logger.info(media.summary(processor.image_config))
+    return Session(processor, batch, load_checkpoint(arguments, directory, processor), seconds)
+
+
+def load_processor(arguments: argparse.Namespace, weights: bool = True) -> tuple[Path, Processor]:
+    """Return the directory of --model, and the processor of --processor or of that checkpoint.
+
+    weights: whether those are downloaded, too. Raises OSError or ValueError.
+    """
+    directory = find_checkpoint(arguments.model or BUNDLED_CHECKPOINT, weights)
+    check_supported(directory)  # first: what is wrong is the checkpoint, not a file that it lacks
+    bounds = (arguments.min_pixels, arguments.max_pixels)
+    if arguments.processor is not None:
+        source = find_checkpoint(arguments.processor, weights=False)
+        return directory, Processor.from_pretrained(source, *bounds)
+    try:
+        return directory, Processor.from_pretrained(directory, *bounds)
+    except FileNotFoundError as error:
+        hint = "if it was published without, name a checkpoint that has it with --processor"
+        raise FileNotFoundError(f"{error} ({hint})") from error
+
+
+def load_checkpoint(
+    arguments: argparse.Namespace, directory: Path, processor: Processor
+) -> Qwen2VL:
+    """Return the model that the options describe; a status line says how long it took."""
+    start = time.perf_counter()
+    dtype = None
+    if arguments.dtype is not None:
+        dtype = getattr(torch, arguments.dtype)
+    model = load_model(directory, arguments.device, dtype, arguments.attention, arguments.quantize)
+    processor.check_model(model.config)
+    logger.info(describe_model(arguments, model, time.perf_counter() - start))
+    return model
+
+
+# ------------------------------------------------------------------------------------- status lines
+class StderrHandler(logging.Handler):
+    """Write each record as a line to what is stderr at that moment.
+
+    A closed or full one loses the line alone.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # an answer is worth more than a status line
+            return
+
+
+def set_up_logging(quiet: bool) -> None:
+    """Send the status lines of this project to stderr; quiet: warnings only."""
+    if not any(isinstance(handler, StderrHandler) for handler in logger.handlers):
+        logger.addHandler(StderrHandler())
+        logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def describe_model(arguments: argparse.Namespace, model: Qwen2VL, seconds: float) -> str:
+    """Return what was loaded, and how long it took."""
+    weight = model.model.norm.weight
+    dtype = str(weight.dtype).removeprefix("torch.")
+    parameters = list(model.parameters())
+    if arguments.quantize:
+        size = f"{sum(p.nbytes for p in parameters) / 1e6:,.1f} MB"
+        dtype += f", the decoder {arguments.quantize}"
+    else:
+        size = f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters"
+    name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"
+    line = f"loaded {name}: {size}, {dtype}, {model.attn_implementation} attention, "
+    line += f"on {weight.device}, in {seconds:.2f} s"
+    if not arguments.model:
+        line += f"\n{BUNDLED_NOTE}"
+    return line
+
+
+def describe_answer(model: Qwen2VL, prompt_tokens: int, times: list[float]) -> str:
+    """Return what an answer took.
+
+    times: when the question came, and when each token was there, in seconds.
+    """
+    line = f"{prompt_tokens} tokens in, {len(times) - 1} out; "
+    line += f"first token after {times[1] - times[0]:.2f} s"
+    if len(times) > 2:
+        line += f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s"
+    return f"{line}; peak memory {peak_memory(model.model.norm.weight.device)}"
+
+
+def peak_memory(device: torch.device) -> str:
+    """Return the most memory this process has held: on the GPU where it runs there, else in RAM."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB on {device}"
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+# ------------------------------------------------------------------- streams and the error boundary
+def recover_utf8(text: str, encoding: str) -> str:
+    """Return text with surrogate escapes decoded as UTF-8, where that is what its bytes are.
+
+    Surrogate escapes hold the bytes that did not fit `encoding`.
+    """
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return text.encode(encoding, errors="surrogateescape").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def prepare_streams() -> None:
+    """Make stdin and the outputs lose nothing in any encoding.
+
+    What does not fit is written as an escape.
+    For a program at its start. A closed output is replaced by one that drops everything.
+    """
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    set_error_handler(sys.stdout, "backslashreplace")
+    set_error_handler(sys.stderr, "backslashreplace")
+    set_error_handler(sys.stdin, "surrogateescape")
+
+
+def set_error_handler(stream: TextIO | None, errors: str) -> None:
+    """Set how a standard stream treats what does not fit its encoding; a stand-in may have none."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
+
+
+def put(text: str, end: str = "") -> None:
+    """Write a piece of the answer to stdout at once. Raises OSError naming stdout."""
+    with naming("the answer to stdout"):
+        print(text, end=end, flush=True)
+
+
+def close_output(program: str, code: int) -> int:
+    """Write what is still buffered for stdout, and return the exit code, which a failure changes.
+
+    Python would do it at exit, where an error is a traceback.
+    """
+    try:
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        code = 141
+    except OSError as error:
+        if code == 0:  # else it has been said
+            print(f"{program}: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        code = 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error of Python, NumPy or PyTorch means that memory does not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = (
+        "DefaultCPUAllocator",
+        "can't allocate memory",
+        "not enough memory",
+        "out of memory",
+        "Storage size calculation overflowed",
+        "integer multiplication overflow",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+    )
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def error_sentence(error: BaseException) -> str | None:
+    """Return one sentence about an error that the user can do something about, else None."""
+    if is_out_of_memory(error):
+        detail = " ".join(str(error).split())[:160]
+        found = f" ({detail})" if detail else ""
+        return (
+            f"out of memory{found}: lower --max-pixels, --nframes, --max-new-tokens "
+            "or --batch-size, or use --quantize"
+        )
+    if isinstance(error, (OSError, ValueError)):
+        return str(error)
+    return None
+
+
+@contextmanager
+def naming(path: str | None) -> Iterator[None]:
+    """Within it, an OSError of a write that does not name its file names `path`."""
+    try:
+        yield
+    except BrokenPipeError:  # not a failure: nobody reads any more
+        raise
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+
+
+def check_directory(path: str | Path) -> None:
+    """Raise FileNotFoundError if the directory of an output file is missing.
+
+    Called before any long computation.
+    """
+    directory = Path(path).parent
+    if not directory.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no directory {directory}")
+
+
+def run_main(program: str, run: Callable, arguments: argparse.Namespace) -> int:
+    """Run a program and return its exit code.
+
+    0, or 2 after one sentence on stderr about what was wrong; 130 after Ctrl-C,
+    141 where nobody reads stdout.
+    """
+    set_up_logging(arguments.quiet)
+    try:
+        run(arguments)
+    except BrokenPipeError:
+        return 141
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except Exception as error:
+        sentence = error_sentence(error)
+        if sentence is None:
+            raise
+        print(f"{program}: {sentence}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_program(program: str, main: Callable[[], int]) -> None:
+    """Run `main` as the whole process, and exit with its code."""
+    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"  # without the code
+    linear.prefer_pytorch_gemv()
+    prepare_streams()
+    sys.exit(close_output(program, main()))

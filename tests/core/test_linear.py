@@ -1,0 +1,367 @@
+"""`linear.py`: every kernel equals the plain matmul, and quantized layers are near it."""
+
+import subprocess
+import sys
+import types
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import SHAPES, make_batch, our_config, our_model, random_sequence, random_weights
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import generate
+import linear
+from command_line import BUNDLED_CHECKPOINT
+from linear import MANY_ROWS, Int4Linear, Int8Linear, Linear
+from load_weights import load_model, save_model
+from preprocess import Processor
+from qwen2vl import Qwen2VL
+
+CUDA = torch.device("cuda")
+HALVES = [torch.bfloat16, torch.float16]
+# Largest error, as a share of the largest output: rounding of the inputs, and of the output.
+LIMITS = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def make_linear(inputs, outputs, bias=True, dtype=torch.float32, seed=0):
+    """Return PyTorch's own linear layer with random weights."""
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs, bias).to(dtype)
+
+
+def relative_error(output, expected):
+    """Return the largest absolute difference as a share of the largest expected output."""
+    difference = (output.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max()).item()
+
+
+def expected_output(plain, x):
+    """Return the layer's output in float64."""
+    bias = None if plain.bias is None else plain.bias.double()
+    return F.linear(x.double(), plain.weight.double(), bias)
+
+
+# ----------------------------------------------------------------------------- the choice of kernel
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (2, 1), (3, 5), (1, MANY_ROWS), (7, 33)], ids=str)
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_cpu_matmul_equals_the_plain_matmul_for_every_dtype_and_number_of_rows(dtype, shape, bias):
+    plain = make_linear(48, 37, bias, dtype)
+    x = torch.randn(*shape, 48).to(dtype)
+    output = linear.cpu_matmul(
+        x, plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
+    )
+    assert output.dtype == dtype
+    assert output.shape == (*shape, 37)
+    assert relative_error(output, expected_output(plain, x)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_cpu_matmul_upcasts_many_rows_where_half_precision_is_slow(dtype, monkeypatch):
+    upcast_rows = []
+
+    def recorded(x, *weight_and_bias):
+        if x.dtype == torch.float32:
+            upcast_rows.append(len(x))
+        return F.linear(x, *weight_and_bias)
+
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: False)
+    monkeypatch.setattr(linear, "onednn_linear", recorded)
+    plain = make_linear(48, 37, dtype=dtype)
+    with torch.no_grad():
+        for rows in (1, 2, MANY_ROWS - 1, MANY_ROWS, 100):
+            x = torch.randn(rows, 48).to(dtype)
+            output = linear.cpu_matmul(x, plain.weight, plain.bias)
+            assert output.dtype == dtype
+            assert relative_error(output, expected_output(plain, x)) < LIMITS[dtype]
+    assert upcast_rows == [MANY_ROWS, 100]
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: True)
+    linear.cpu_matmul(x, plain.weight, plain.bias)
+    assert upcast_rows == [MANY_ROWS, 100]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_cpu_matmul_never_changes_the_onednn_switch(dtype, enabled, monkeypatch):
+    values = []
+    multiply = F.linear
+
+    def recorded(*arguments):
+        values.append(torch.backends.mkldnn.enabled)
+        return multiply(*arguments)
+
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    monkeypatch.setattr(F, "linear", recorded)
+    for rows in (1, 2, MANY_ROWS):
+        x = torch.randn(rows, 48).to(dtype)
+        weight = torch.randn(37, 48).to(dtype)
+        expected = multiply(x.double(), weight.double())
+        assert relative_error(linear.cpu_matmul(x, weight), expected) < LIMITS[dtype]
+    assert set(values) <= {enabled}
+    assert torch.backends.mkldnn.enabled == enabled
+
+
+THREADS = """
+import sys, threading
+import torch
+import linear
+from command_line import BUNDLED_CHECKPOINT
+from generate import GenerationConfig, generate
+from load_weights import load_model
+from preprocess import Processor
+
+dtype = getattr(torch, sys.argv[1])
+if sys.argv[2] == "native":
+    linear.prefer_pytorch_gemv()
+sys.setswitchinterval(1e-6)  # threads switch as often as possible
+model = load_model(BUNDLED_CHECKPOINT, "cpu", dtype)
+processor = Processor.from_pretrained(BUNDLED_CHECKPOINT)
+image = {"type": "image", "image": "examples/shapes.png"}
+texts = ["How many shapes are there?", "Which color?", "What is this?", "Describe it."]
+contents = [[image, {"type": "text", "text": text}] for text in texts]
+batches = [processor([{"role": "user", "content": content}]) for content in contents]
+expected = [generate(model, batch, 12, GenerationConfig()) for batch in batches]
+enabled = torch.backends.mkldnn.enabled
+wrong = []
+
+def work(first):
+    try:
+        for turn in range(4):
+            number = (first + turn) % len(batches)
+            if generate(model, batches[number], 12, GenerationConfig()) != expected[number]:
+                wrong.append(number)
+    except BaseException as error:
+        wrong.append(repr(error))
+
+threads = [threading.Thread(target=work, args=(n,)) for n in range(int(sys.argv[3]))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert torch.backends.mkldnn.enabled == enabled
+sys.exit(repr(wrong) if wrong else 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize("kernel", ["default", "native"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_generate_in_threads_with_one_model_equals_one_thread(dtype, kernel, threads):
+    """Run in a separate process, as an illegal instruction would end this one."""
+    command = [sys.executable, "-c", THREADS, dtype, kernel, str(threads)]
+    process = subprocess.run(
+        command, capture_output=True, text=True, cwd=BUNDLED_CHECKPOINT.parent.parent
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_quantize_linears_refuses_int4_on_a_gpu():
+    model = nn.Sequential(make_linear(32, 16)).to(torch.device("meta"))
+    linear.quantize_linears(model, "int4")  # to be counted only
+    with pytest.raises(ValueError, match="int4 weights are for the CPU, this model is on cuda"):
+        linear.quantize_linears(
+            types.SimpleNamespace(parameters=lambda: iter([types.SimpleNamespace(device=CUDA)])),
+            "int4",
+        )
+
+
+def test_linear_has_gradients():
+    model = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    projection = model.model.layers[0].mlp.up_proj
+    assert isinstance(projection, Linear)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert projection.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_equals_pytorch_in_the_whole_model(shape, monkeypatch):
+    model = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
+    kinds = {type(module) for module in model.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {Linear}
+    inputs = make_batch(
+        [
+            random_sequence(SHAPES[shape], [3, ("image", 2, 3), 5]),
+            random_sequence(SHAPES[shape], [4]),
+        ]
+    )
+    with torch.no_grad():
+        output = model(**inputs)
+        monkeypatch.setattr(linear, "cpu_matmul", nn.functional.linear)
+        assert helpers.gap(output, model(**inputs)) < 1e-5
+
+
+# --------------------------------------------------------------------------------- quantized layers
+@given(
+    st.integers(1, 600), st.sampled_from([1, 7, 32, 100]), st.sampled_from([1e-6, 0.02, 1.0, 300.0])
+)
+def test_int8_weights_are_within_half_a_step(outputs, inputs, size):
+    plain = make_linear(inputs, outputs, seed=outputs)
+    with torch.no_grad():
+        plain.weight *= size
+        plain.weight[0] = 0
+    quantized = Int8Linear(plain)
+    assert quantized.weight.dtype == torch.int8
+    assert quantized.weight.shape == plain.weight.shape
+    step = quantized.scale.float()[:, None]
+    difference = (quantized.weight * step - plain.weight).abs()
+    # Half a step. As bfloat16 may round the scale down by 1/512, the largest weight is up to
+    # 127/512 of a step beyond.
+    assert (difference <= 0.76 * step).all()
+    assert (quantized.weight[0] == 0).all()
+    assert (quantized.scale > 0).all()
+
+
+@given(st.integers(1, 600), st.sampled_from([32, 96]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
+def test_int4_weights_are_within_about_half_a_step(outputs, inputs, size):
+    plain = make_linear(inputs, outputs, bias=False, seed=outputs)
+    with torch.no_grad():
+        plain.weight *= size
+        plain.weight[0] = size  # a row without a step
+    quantized = Int4Linear(plain)
+    identity = torch.eye(inputs)
+    output = quantized(identity).T  # the weights that the kernel uses
+    step = quantized.scale[:, :outputs, 0].float().T.repeat_interleave(Int4Linear.GROUP, dim=1)
+    assert output.shape == plain.weight.shape
+    # Added to half a step: the offset, 8 steps from 0 or more, is rounded to 8 bits, as is the
+    # output.
+    assert ((output - plain.weight).abs() <= 0.5 * step + plain.weight.abs().max() / 128).all()
+
+
+@pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.015), (Int4Linear, 0.12)])
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, MANY_ROWS), (2, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantized_linear_is_near_the_plain_one(kind, limit, rows, dtype):
+    plain = make_linear(64, 37, dtype=dtype)
+    x = torch.randn(*rows, 64).to(dtype)
+    with torch.no_grad():
+        output = kind(plain)(x)
+    assert output.dtype == dtype
+    assert output.shape == (*rows, 37)
+    assert relative_error(output, expected_output(plain, x)) < limit
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_quantized_linear_takes_inputs_that_are_not_contiguous(kind, rows):
+    quantized = kind(make_linear(64, 37, dtype=torch.bfloat16))
+    x = torch.randn(rows, 5, 64).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(quantized(x[:, -1:]), quantized(x[:, -1:].contiguous()))
+
+
+@pytest.mark.parametrize(
+    ("capability", "onednn", "native", "expected"),
+    [
+        ("AVX2", False, False, False),
+        ("AVX512", True, False, False),
+        ("AVX512", True, True, True),
+        ("DEFAULT", True, False, True),  # an ARM processor with the instructions
+    ],
+)
+def test_has_fast_half_matmul_needs_instructions_for_bfloat16(
+    capability, onednn, native, expected, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert linear.has_fast_half_matmul(torch.bfloat16) == expected
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_quantized_linear_gives_the_same_for_few_rows_and_many(kind):
+    quantized = kind(make_linear(64, 37, dtype=torch.bfloat16))
+    x = torch.randn(40, 64).bfloat16()
+    with torch.no_grad():
+        one_by_one = torch.cat([quantized(row[None]) for row in x])
+        assert relative_error(one_by_one, quantized(x)) < LIMITS[torch.bfloat16]
+
+
+def test_int4_names_a_width_without_whole_groups():
+    with pytest.raises(ValueError, match=r"whole groups of 32 inputs.*48"):
+        Int4Linear(make_linear(48, 32))
+
+
+# ------------------------------------------------------------------------------------- whole models
+@pytest.fixture(scope="module")
+def shapes_batch():
+    processor = Processor.from_pretrained(BUNDLED_CHECKPOINT)
+    content = [
+        {"type": "image", "image": "examples/shapes.png"},
+        {"type": "text", "text": "Describe the image."},
+    ]
+    return processor([{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "first_cosine", "least_cosine"), [("int8", 0.999, 0.999), ("int4", 0.99, 0.97)]
+)
+def test_quantized_bundled_model_gives_the_same_answer(
+    quantize, first_cosine, least_cosine, shapes_batch
+):
+    model = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)
+    quantized = load_model(BUNDLED_CHECKPOINT, "cpu", quantize=quantize)
+    [answer] = generate.generate(model, shapes_batch)
+    assert generate.generate(quantized, shapes_batch) == [answer]
+    inputs = {name: torch.as_tensor(array) for name, array in shapes_batch.arrays().items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([answer])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.inference_mode():
+        expected = model(**inputs)
+        logits = quantized(**inputs)
+    assert logits.dtype == torch.bfloat16
+    # The positions that predict the answer: nothing was trained for those of the prompt.
+    predicting = slice(-len(answer) - 1, -1)
+    cosines = torch.cosine_similarity(
+        expected[0, predicting].double(), logits[0, predicting].double(), dim=-1
+    )
+    assert cosines[0] > first_cosine
+    assert cosines.min() > least_cosine
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])
+def test_load_model_quantizes_decoder_and_head_but_not_the_vision_encoder(quantize, kind):
+    model = load_model(BUNDLED_CHECKPOINT, "cpu", quantize=quantize)
+    kinds = {
+        name: type(module) for name, module in model.named_modules() if hasattr(module, "bias")
+    }
+    assert kinds["lm_head"] == kinds["model.layers.0.self_attn.q_proj"] == kind
+    assert kinds["visual.blocks.0.mlp.fc1"] == kinds["visual.merger.mlp.2"] == Linear
+    assert all(type(module) is not nn.Linear for module in model.modules())
+
+
+def test_load_model_refuses_an_unknown_quantization():
+    with pytest.raises(ValueError, match="quantize is 'int3', expected 'int8', 'int4' or None"):
+        load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int3")
+
+
+def test_save_model_refuses_a_quantized_model(tmp_path):
+    with pytest.raises(ValueError, match="a quantized model cannot be saved"):
+        save_model(load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int8"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantize_option_answers_and_prints_the_size(quantize, capsys):
+    options = ["--image", "examples/shapes.png", "--prompt", "Describe the image."]
+    options += ["--quantize", quantize, "--device", "cpu"]
+    assert generate.main(options) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("A blue triangle at the top left")
+    assert f"MB, bfloat16, the decoder {quantize}, sdpa attention, on cpu" in output.err
+    model = load_model(BUNDLED_CHECKPOINT, "cpu", quantize=quantize)
+    size = sum(p.nbytes for p in model.parameters())
+    assert f": {size / 1e6:,.1f} MB, " in output.err
+
+
+def test_quantize_linears_needs_no_memory_on_the_meta_device():
+    with torch.device("meta"):
+        model = Qwen2VL(our_config(SHAPES["default"]))
+    linear.quantize_linears(model, "int8")
+    assert model.lm_head.weight.dtype == torch.int8
+    assert model.lm_head.weight.is_meta
+    assert type(model.visual.blocks[0].mlp.fc1) is Linear
