@@ -213,8 +213,8 @@ def in_thread(make: Callable, media: str | BinaryIO, name: str) -> Iterator:
     if isinstance(media, str):
         try:
             check_regular_file(media)
-        except (OSError, ValueError) as error:
-            raise one_sentence(error, name) from error
+        except (OSError, ValueError) as refusal:
+            raise one_sentence(refusal, name) from refusal
     else:
         if isinstance(media, io.TextIOBase) or not media.seekable():
             raise VideoError(
@@ -525,12 +525,13 @@ def in_display_order(pts: list[int | None]) -> list[int | None]:
     order, but each with the time of another one nearby. Timestamps that begin again, as in files
     that were joined, are left as they are.
     """
-    if None in pts or len(set(pts)) < len(pts):
+    known = [time for time in pts if time is not None]
+    if len(set(known)) < len(pts):
         return pts
-    order = sorted(range(len(pts)), key=pts.__getitem__)
+    order = sorted(range(len(known)), key=lambda number: known[number])
     if any(abs(number - place) > MAX_REORDERED for place, number in enumerate(order)):
         return pts
-    return sorted(pts)
+    return [known[number] for number in order]
 
 
 def numbered_frames(video: OpenVideo, wanted: list[int], step: Callable[[], None]) -> Iterator:
