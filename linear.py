@@ -92,7 +92,7 @@ def cpu_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weightᵀ + bias as `F.linear`; on the CPU and without gradients by the fastest kernel."""
+    """Return x weightᵀ + bias as `F.linear`; on the CPU without gradients by the fastest kernel."""
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return cpu_matmul(x, weight, bias)
     return F.linear(x, weight, bias)

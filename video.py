@@ -178,11 +178,11 @@ def frame_rate(
 ) -> tuple[float, bool]:
     """Return a video's frames per second, and whether the timestamps contradict the declared rate.
 
-    times: of all frames, in seconds from the first one, rounded to multiples of tick; last_duration:
-    of the last one, 0 if that is unknown. The declared rate holds, as in qwen-vl-utils, as long as
-    it agrees with the number of frames in that time up to RATE_TOLERANCE and one frame. Recorders
-    in browsers declare 1000 frames per second, screen recorders the rate of the screen, and some
-    files 90000 or nothing: there the timestamps count.
+    times: of all frames, in seconds from the first one, rounded to multiples of tick;
+    last_duration: of the last one, 0 if that is unknown. The declared rate holds, as in
+    qwen-vl-utils, as long as it agrees with the number of frames in that time up to RATE_TOLERANCE
+    and one frame. Recorders in browsers declare 1000 frames per second, screen recorders the rate
+    of the screen, and some files 90000 or nothing: there the timestamps count.
     """
     count = len(times)
     if count < 2:
@@ -201,9 +201,9 @@ def frame_rate(
 def usual_rate(count: int, last_time: float, tick: float) -> float:
     """Return the frames per second of `count` frames, the last one at last_time ± tick, in seconds.
 
-    A rate of n or n / 1.001 is taken for exact if the rounding of last_time allows it: 300 frames in
-    whole milliseconds measure 30.002 frames per second, and sampling them by that would miss the
-    last two of their 20 frames.
+    A rate of n or n / 1.001 is taken for exact if the rounding of last_time allows it: 300 frames
+    in whole milliseconds measure 30.002 frames per second, and sampling them by that would miss
+    the last two of their 20 frames.
     """
     measured = (count - 1) / last_time
     for rate in (round(measured), round(measured * 1.001) / 1.001):

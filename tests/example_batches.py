@@ -1,4 +1,4 @@
-"""Conversations about images and videos for the tests of the programs in apps/, and the model that answers them."""
+"""Conversations about images and videos for the tests of apps/, and the model that answers them."""
 
 from pathlib import Path
 
@@ -22,14 +22,14 @@ CASES = {
 
 
 def load_tiny(dtype=torch.float32, **options):
-    """Return the bundled model, whose answers no token ends, so that tests do not depend on them."""
+    """Return the bundled model; no token ends its answers, so that tests do not depend on them."""
     model = load_model(BUNDLED_CHECKPOINT, "cpu", dtype, **options)
     model.generation_config = {"eos_token_id": [], "pad_token_id": 0}
     return model
 
 
 def make_video(processor, frames, rows=4, cols=6, name="walk.mp4"):
-    """Return a video of colored squares as Media, two frames a second; rows and cols count tokens."""
+    """Return a video of colored squares as Media: rows × cols tokens, two frames a second."""
     side = processor.image_config.factor
     random = np.random.default_rng(frames)
     squares = random.integers(0, 256, (frames, rows, cols, 3), dtype=np.uint8)
@@ -39,7 +39,10 @@ def make_video(processor, frames, rows=4, cols=6, name="walk.mp4"):
 
 
 def make_conversation(processor, *media, text="Describe this image."):
-    """Return a batch with a question about images, by the names of the examples, and videos, by frame count."""
+    """Return a batch with a question about media.
+
+    media: an image by the name of an example, a video by its number of frames.
+    """
     items = []
     for source in media:
         if isinstance(source, int):
@@ -50,7 +53,7 @@ def make_conversation(processor, *media, text="Describe this image."):
 
 
 def make_small_batch(config, parts):
-    """Return a batch with one conversation of random tokens and patches, see `helpers.random_sequence`."""
+    """Return a batch of one conversation of random tokens and patches, see `random_sequence`."""
     arrays = make_batch([random_sequence(config, parts)])
     arrays["attention_mask"] = torch.ones_like(arrays["input_ids"])
     return Batch(**{name: tensor.numpy() for name, tensor in arrays.items()})

@@ -129,7 +129,10 @@ def test_counts_equal_those_of_the_run(kind, video, capsys, monkeypatch):
 
 
 def make_estimate_batch(config, conversations):
-    """Return a Batch of random sequences; conversations: the parts of each, see `random_sequence`."""
+    """Return a Batch of random sequences.
+
+    conversations: the parts of each, see `random_sequence`.
+    """
     rows = [random_sequence(config, parts, seed) for seed, parts in enumerate(conversations)]
     arguments = make_batch(rows)
     arguments.setdefault("attention_mask", torch.ones_like(arguments["input_ids"]))

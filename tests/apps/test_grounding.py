@@ -20,7 +20,7 @@ ANSWER = f"{REF}the red circle{REF_END}{BOX}(120,340),(560,780){BOX_END}"
 FIRST_COLOR = ImageColor.getrgb("hsl(0, 100%, 70%)")
 CIRCLE = Box("the red circle", 120, 340, 560, 780)
 
-# --------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,30 @@ CIRCLE = Box("the red circle", 120, 340, 560, 780)
         (ANSWER, [CIRCLE]),
         (f"I see {ANSWER}.<|im_end|>", [CIRCLE]),
         (f"{BOX}(1,2),(3,4){BOX_END}", [Box("", 1, 2, 3, 4)]),
-        (f"{REF} a\ncat {REF_END} is at {BOX} ( 1 , 2 ) , (3,4)\n{BOX_END}", [Box("a cat", 1, 2, 3, 4)]),
+        (
+            f"{REF} a\ncat {REF_END} is at {BOX} ( 1 , 2 ) , (3,4)\n{BOX_END}",
+            [Box("a cat", 1, 2, 3, 4)],
+        ),
         (ANSWER + f"{BOX}(1,2),(3,4){BOX_END}", [CIRCLE, Box("the red circle", 1, 2, 3, 4)]),
-        (f"{BOX}(1,2),(3,4), (5,6),(7,8) (9,10),(11,12){BOX_END}",
-         [Box("", 1, 2, 3, 4), Box("", 5, 6, 7, 8), Box("", 9, 10, 11, 12)]),
-        (f"{REF}A{REF_END}{BOX}(1,2),(3,4){BOX_END}, {REF}Ж{REF_END}{BOX}(5,6),(7,8){BOX_END}",
-         [Box("A", 1, 2, 3, 4), Box("Ж", 5, 6, 7, 8)]),
+        (
+            f"{BOX}(1,2),(3,4), (5,6),(7,8) (9,10),(11,12){BOX_END}",
+            [Box("", 1, 2, 3, 4), Box("", 5, 6, 7, 8), Box("", 9, 10, 11, 12)],
+        ),
+        (
+            f"{REF}A{REF_END}{BOX}(1,2),(3,4){BOX_END}, {REF}Ж{REF_END}{BOX}(5,6),(7,8){BOX_END}",
+            [Box("A", 1, 2, 3, 4), Box("Ж", 5, 6, 7, 8)],
+        ),
         (f"{BOX}(30,4),(1,20){BOX_END}", [Box("", 1, 4, 30, 20)]),
         (f"{BOX}(0,0),(1000,1000){BOX_END}", [Box("", 0, 0, 1000, 1000)]),
-        (f"{REF}sign{REF_END}{QUAD}(50,10),(90,40),(60,80),(20,30){QUAD_END}", [Box("sign", 20, 10, 90, 80)]),
+        (
+            f"{REF}sign{REF_END}{QUAD}(50,10),(90,40),(60,80),(20,30){QUAD_END}",
+            [Box("sign", 20, 10, 90, 80)],
+        ),
         ("A red circle at (1,2),(3,4).", []),
         (f"{REF}a name alone{REF_END}", []),
         ("", []),
     ],
-)  # fmt: skip
+)
 def test_find_boxes_returns_labels_and_corners(text, expected):
     with warnings.catch_warnings(action="error"):
         assert find_boxes(text) == expected
@@ -50,9 +60,21 @@ def test_find_boxes_returns_labels_and_corners(text, expected):
 
 @pytest.mark.parametrize(
     "inside",
-    ["", "(1,2)", "(1,2),(3,4),(5,6)", "(1,2),(3,1001)", "(1,2),(3,x)", "(1,2),(3,4.5)", "(-1,2),(3,4)", "1,2,3,4",
-     "(1,2,3,4)", "(1,2),(3,4) or so", "(1,2),(3," + "4" * 5000 + ")", "(1,2),(3,4),(٣,٤)"],
-)  # fmt: skip
+    [
+        "",
+        "(1,2)",
+        "(1,2),(3,4),(5,6)",
+        "(1,2),(3,1001)",
+        "(1,2),(3,x)",
+        "(1,2),(3,4.5)",
+        "(-1,2),(3,4)",
+        "1,2,3,4",
+        "(1,2,3,4)",
+        "(1,2),(3,4) or so",
+        "(1,2),(3," + "4" * 5000 + ")",
+        "(1,2),(3,4),(٣,٤)",
+    ],
+)
 def test_find_boxes_warns_about_a_malformed_box_and_returns_the_others(inside):
     with pytest.warns(UserWarning, match="left out a malformed box"):
         assert find_boxes(f"{REF}x{REF_END}{BOX}{inside}{BOX_END}{ANSWER}") == [CIRCLE]
@@ -114,7 +136,7 @@ def test_find_boxes_reads_decoded_and_streamed_answers(name):
     assert find_boxes(tokenizer.decode(ids)) == []  # without special tokens
 
 
-# ---------------------------------------------------------------------------------------------------------- pixels
+# ------------------------------------------------------------------------------------------- pixels
 
 
 def test_in_pixels_scales_to_the_whole_image():
@@ -131,7 +153,7 @@ def test_format_box_rounds_to_pixels():
     assert format_box(Box("", 0, 0, 1000, 500), 640, 480) == "(0, 0) to (640, 240)"
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def count(image, color):
@@ -205,7 +227,7 @@ def test_draw_composites_transparency_on_white():
     assert (drawn.mode, drawn.getcolors()) == ("RGB", [(2500, (255, 255, 255))])
 
 
-# ---------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 @pytest.mark.parametrize(
@@ -238,7 +260,7 @@ def test_save_names_the_path_in_its_error(tmp_path):
         save(image, str(tmp_path / "out.xbm"))
 
 
-# --------------------------------------------------------------------------------------------------------- program
+# ------------------------------------------------------------------------------------------ program
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def recompute(model, batch, tokens):
     return logits.log_softmax(-1)
 
 
-# ---------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
@@ -97,7 +97,7 @@ def test_generate_steps_yields_the_tokens_of_generate(batch, sampling):
     assert {step.logits.shape for step in steps} == {(1, model.config.vocab_size)}
 
 
-# ----------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 
 def test_format_table_shows_tokens_probabilities_and_perplexity(tokenizer):
@@ -166,7 +166,7 @@ def test_token_text_names_special_tokens_and_ids_without_a_token(tokenizer):
     assert token_text(vocabulary("<工具>"), 0) == "'<工具>'"  # an added token that is text
 
 
-# --------------------------------------------------------------------------------------------------------- program
+# ------------------------------------------------------------------------------------------ program
 
 
 def test_main_prints_the_answer_and_its_table(capsys):

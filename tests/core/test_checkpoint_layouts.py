@@ -1,7 +1,7 @@
-"""Checkpoints in the wild: each layout loads as in the reference, and what cannot be loaded is one sentence.
+"""Checkpoints in the wild: each layout loads as in the reference, or is refused in one sentence.
 
-Every directory starts from the bundled checkpoint's files, in the hub's layout, and is changed as saves, merges and
-converters change them. The right values come from transformers, live.
+Every directory starts from the bundled checkpoint's files, in the hub's layout, and is changed as
+saves, merges and converters change them. The right values come from transformers, live.
 """
 
 import errno
@@ -38,9 +38,9 @@ from load_weights import (
 IMAGE = BUNDLED_CHECKPOINT.parent.parent / "examples" / "small.png"
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "use_sliding_window", "sliding_window", "max_window_layers", "attention_dropout", "bos_token_id", "eos_token_id",
-    "pad_token_id",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+    "rope_scaling", "use_sliding_window", "sliding_window", "max_window_layers",
+    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
 )  # fmt: skip
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -63,7 +63,7 @@ def published(original):
 
 @pytest.fixture
 def write(tmp_path):
-    """Return a function that writes a checkpoint directory with the bundled tokenizer and image settings."""
+    """Return a function that writes a checkpoint, with the bundled tokenizer and image settings."""
 
     def write(config, weights, name="model.safetensors"):
         skipped = shutil.ignore_patterns("*.safetensors", "config.json")
@@ -86,7 +86,7 @@ def reference(folder):
 
 
 def assert_same(ours, theirs):
-    """Every parameter is equal, dtype included; and so are the logits of a float32 model, within rounding."""
+    """Every parameter is equal, dtype too; so are a float32 model's logits, within rounding."""
     expected = {parameter_name(name): p for name, p in theirs.named_parameters()}
     found = dict(ours.named_parameters())
     assert found.keys() == expected.keys()
@@ -123,7 +123,7 @@ def refusal(folder, capsys, program=command):
     return printed.err.partition(": ")[2]
 
 
-# ------------------------------------------------------------------------------------------------------- layouts
+# ------------------------------------------------------------------------------------------ layouts
 
 
 def flat(config, weights):
@@ -131,7 +131,10 @@ def flat(config, weights):
 
 
 def flat_and_nested(config, weights):
-    """transformers 4.57 after resize_token_embeddings: stale fields at the top, the tie flag inside alone."""
+    """transformers 4.57 after resize_token_embeddings.
+
+    Stale fields at the top, the tie flag inside alone.
+    """
     text = {name: config[name] for name in TEXT_FIELDS} | {"tie_word_embeddings": True}
     stale = {"vocab_size": 151936, "rms_norm_eps": 0.5, "rope_theta": 5.0, "num_key_value_heads": 1}
     stale |= {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
@@ -223,9 +226,9 @@ def other_dtype_than_the_files(config, weights):
 
 
 LAYOUTS = [
-    flat, flat_and_nested, nested, bare, one_model_too_many, head_alone, both_equal, both_equal_in_the_dtype,
-    stored_frequencies, no_sharing_by_null, mixed_dtypes, mixed_dtypes_unnamed, half_unnamed, both_dtype_names,
-    other_dtype_than_the_files,
+    flat, flat_and_nested, nested, bare, one_model_too_many, head_alone, both_equal,
+    both_equal_in_the_dtype, stored_frequencies, no_sharing_by_null, mixed_dtypes,
+    mixed_dtypes_unnamed, half_unnamed, both_dtype_names, other_dtype_than_the_files,
 ]  # fmt: skip
 
 
@@ -314,7 +317,7 @@ def test_home_directory_is_expanded(published, write, monkeypatch):
         find_checkpoint("~no-such-user-here/x")
 
 
-# ------------------------------------------------------------------------------------------ what cannot be loaded
+# ---------------------------------------------------------------------------- what cannot be loaded
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
 QUANTIZED = [
@@ -537,7 +540,7 @@ def test_code_named_by_the_config_is_not_imported(published, write, capsys):
     assert answer(folder, capsys).strip()
 
 
-# --------------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 WRONG_VALUES = [
     ("hidden_size", "128", "hidden_size: expected a positive integer, got '128'"),
@@ -610,11 +613,20 @@ def test_sizes_beyond_any_memory_are_one_sentence(published, write, capsys):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"[]", b"null", b'"text"', b"\xff\xfe{\0}\0", b'\xef\xbb\xbf{"model_type": "qwen2_vl"}',
-        b"[" * 100_000, b'{"a":' * 100_000, b'{"hidden_size": ' + b"9" * 5000 + b"}", b"\x89PNG\r\n\x1a\n",
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe{\0}\0",
+        b'\xef\xbb\xbf{"model_type": "qwen2_vl"}',
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"hidden_size": ' + b"9" * 5000 + b"}",
+        b"\x89PNG\r\n\x1a\n",
         b"version https://git-lfs.github.com/spec/v1\n",
     ],
-)  # fmt: skip
+)
 def test_malformed_config_file_is_one_sentence(content, published, write, capsys):
     folder = write(*published)
     (folder / "config.json").write_bytes(content)
@@ -637,7 +649,7 @@ def test_null_means_the_default(published, write):
     assert (read.use_sliding_window, read.sliding_window) == (False, None)
 
 
-# -------------------------------------------------------------------------------------------------------- the hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def response(status):
@@ -709,7 +721,7 @@ def test_adapter_repository_is_refused_as_an_adapter(tmp_path, monkeypatch, caps
     assert "an adapter (LoRA) for Qwen/Base" in refusal("Someone/lora", capsys)
 
 
-# --------------------------------------------------------------------------------------------------------- saving
+# ------------------------------------------------------------------------------------------- saving
 
 
 def test_model_can_be_saved_into_its_own_directory(published, write):

@@ -49,12 +49,32 @@ SHAREGPT = {"from": "human", "value": "<image>What<image>?"}
         {"conversations": [SHAREGPT], "images": [WIDE, TALL]},
         {"conversations": [SHAREGPT], "image": [WIDE, TALL], "image_id": "a", "file_size": "9 MB"},
         [MARKED | {"images": [WIDE, TALL]}],
-        [user({"type": "image_url", "image_url": {"url": WIDE, "detail": "low"}, "text": None},
-              text("What"), {"type": "input_image", "image_url": TALL}, {"type": "input_text", "text": "?"})],
-        [user({"type": "image", "source": {"type": "url", "url": WIDE}}, text("What"), image(TALL), text("?"))],
-        [user({"image": WIDE, "video": None}, {"text": "What", "image": None}, image(TALL), text("?"))],
+        [
+            user(
+                {"type": "image_url", "image_url": {"url": WIDE, "detail": "low"}, "text": None},
+                text("What"),
+                {"type": "input_image", "image_url": TALL},
+                {"type": "input_text", "text": "?"},
+            )
+        ],
+        [
+            user(
+                {"type": "image", "source": {"type": "url", "url": WIDE}},
+                text("What"),
+                image(TALL),
+                text("?"),
+            )
+        ],
+        [
+            user(
+                {"image": WIDE, "video": None},
+                {"text": "What", "image": None},
+                image(TALL),
+                text("?"),
+            )
+        ],
     ],
-)  # fmt: skip
+)
 def test_layout_is_read_in_order(line):
     [message] = read_conversation(line)
     found = [item.get("text") or source(item) for item in message["content"]]
@@ -140,27 +160,65 @@ ASK = [{"role": "user", "content": "Hi"}]
         ([user(image(WIDE) | {"path": TALL})], "got image and path"),
         ([user({"type": "input_audio", "input_audio": {}})], "neither image, video nor text"),
         ([user({"type": "input_image", "file_id": "f"})], "neither image, video nor text"),
-        ([user({"type": "image", "source": {"type": "file", "file_id": "f"}})], "expected an image with a source"),
-        ([user({"type": "document", "source": {"type": "base64", "data": "x"}})], "expected an image with a source"),
+        (
+            [user({"type": "image", "source": {"type": "file", "file_id": "f"}})],
+            "expected an image with a source",
+        ),
+        (
+            [user({"type": "document", "source": {"type": "base64", "data": "x"}})],
+            "expected an image with a source",
+        ),
         ({"conversations": [{"from": "human"}]}, "expected text under value"),
         ({"prompt": "Hi"}, "expected a list of messages"),
         ("Hi", "expected a list of messages"),
     ],
-)  # fmt: skip
+)
 def test_media_that_would_be_lost_are_an_error(line, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         read_conversation(line)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("key", ["image", "img_path", "input_image", "videoFile", "frames", "pixel_values",
-                                 "image_b64", "audio", "media", "file", "url", "jpg", "screenshots"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "image",
+        "img_path",
+        "input_image",
+        "videoFile",
+        "frames",
+        "pixel_values",
+        "image_b64",
+        "audio",
+        "media",
+        "file",
+        "url",
+        "jpg",
+        "screenshots",
+    ],
+)
 def test_key_that_could_carry_media(key):
     assert names_media(key)
 
 
-@pytest.mark.parametrize("key", ["id", "label", "source", "tools", "profile", "objects", "image_id", "image_size",
-                                 "framework", "videogame", "solution", "file_type", "curly"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "id",
+        "label",
+        "source",
+        "tools",
+        "profile",
+        "objects",
+        "image_id",
+        "image_size",
+        "framework",
+        "videogame",
+        "solution",
+        "file_type",
+        "curly",
+    ],
+)
 def test_key_that_is_harmless(key):
     assert not names_media(key)
 
@@ -187,9 +245,13 @@ def test_batch_main_reads_foreign_layouts(tmp_path, monkeypatch):
     lines = [
         {"messages": [{"role": "user", "content": f"<image>{question}"}], "images": ["shapes.png"]},
         {"messages": [{"role": "user", "content": question, "images": [content]}]},
-        {"id": "c", "conversations": [{"from": "human", "value": f"<image>{question}"}], "image": "shapes.png"},
+        {
+            "id": "c",
+            "conversations": [{"from": "human", "value": f"<image>{question}"}],
+            "image": "shapes.png",
+        },
         {"messages": [{"role": "user", "content": question}], "image_path": "shapes.png"},
-    ]  # fmt: skip
+    ]
     Path("in.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     assert main(["in.jsonl", "--out", "out.jsonl", "--quiet"]) == 0
     records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]

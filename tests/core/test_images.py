@@ -1,4 +1,4 @@
-"""Images as people have them: odd metadata, every format, arrays and tensors, and what is refused or warned about."""
+"""Images as people have them: metadata, formats, arrays, tensors; what is refused or warned of."""
 
 import base64
 import io
@@ -236,8 +236,18 @@ def test_any_damage_to_a_file_is_a_value_error(file_format):
     assert not any("\n" in text for text in messages)
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), struct.error("x"), AssertionError(), MemoryError(),
-                                   zlib.error("x"), OverflowError("x"), AttributeError("x")])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyError("x"),
+        struct.error("x"),
+        AssertionError(),
+        MemoryError(),
+        zlib.error("x"),
+        OverflowError("x"),
+        AttributeError("x"),
+    ],
+)
 def test_any_exception_of_a_decoder_is_one_sentence(monkeypatch, error):
     def fail(*arguments, **options):
         raise error
@@ -259,8 +269,27 @@ def test_keyboard_interrupt_passes_through(monkeypatch):
 # --- formats, and files that are no images ---
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM",
-                                         "ICO", "ICNS", "QOI", "DDS", "PCX", "SGI", "TGA"])  # fmt: skip
+@pytest.mark.parametrize(
+    "file_format",
+    [
+        "JPEG",
+        "PNG",
+        "WEBP",
+        "GIF",
+        "BMP",
+        "TIFF",
+        "AVIF",
+        "JPEG2000",
+        "PPM",
+        "ICO",
+        "ICNS",
+        "QOI",
+        "DDS",
+        "PCX",
+        "SGI",
+        "TGA",
+    ],
+)
 def test_format_is_read_whatever_the_name_of_the_file(tmp_path, file_format):
     picture = Image.fromarray(draw_pixels(64, 64)).convert(
         "RGBA" if file_format == "ICNS" else "RGB"
@@ -292,8 +321,14 @@ def test_postscript_is_refused_and_no_program_started(tmp_path, monkeypatch, dat
     ("data", "reason"),
     [
         (b"", "it is empty"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20), "HEIC is not supported by Pillow; convert"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(20), "HEIC is not supported by Pillow; convert"),
+        (
+            b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20),
+            "HEIC is not supported by Pillow; convert",
+        ),
+        (
+            b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(20),
+            "HEIC is not supported by Pillow; convert",
+        ),
         (b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(20), "it is a video"),
         (b"%PDF-1.7\n", "it is a PDF"),
         (b"\n<!DOCTYPE html><html>", "it is a web page"),
@@ -305,7 +340,7 @@ def test_postscript_is_refused_and_no_program_started(tmp_path, monkeypatch, dat
         (b"version https://git-lfs.github.com/spec/v1\n", "it is a Git LFS pointer"),
         (b"\xd7\xcd\xc6\x9a" + bytes(40), "it has no format that Pillow knows"),  # WMF
     ],
-)  # fmt: skip
+)
 def test_file_that_is_no_image_is_called_what_it_is(tmp_path, data, reason):
     (tmp_path / "IMG_1.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=rf"cannot read .*IMG_1\.jpg as an image: {reason}"):
@@ -411,9 +446,16 @@ def test_wide_image_with_narrow_values_is_no_warning(values):
         load_image(Image.fromarray(values.reshape(8, 8)))
 
 
-@pytest.mark.parametrize(("file_format", "what"), [("GIF", "first of 3 frames"), ("WEBP", "first of 3 frames"),
-                                                   ("PNG", "first of 3 frames"), ("TIFF", "first of 3 pages"),
-                                                   ("AVIF", "first of 3 frames")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file_format", "what"),
+    [
+        ("GIF", "first of 3 frames"),
+        ("WEBP", "first of 3 frames"),
+        ("PNG", "first of 3 frames"),
+        ("TIFF", "first of 3 pages"),
+        ("AVIF", "first of 3 frames"),
+    ],
+)
 def test_dropped_frames_are_reported(tmp_path, file_format, what):
     frames = [Image.fromarray(np.roll(PIXELS, n * 5, 0)) for n in range(3)]
     frames[0].save(tmp_path / "x", file_format, save_all=True, append_images=frames[1:])
@@ -434,9 +476,17 @@ def test_invisible_image_of_any_mode_is_white(mode):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("mode", "color", "transparency"), [("P", 3, 3), ("P", 3, b"\xff\xff\xff\0"), ("L", 7, 7),
-                                                            ("RGB", (1, 2, 3), (1, 2, 3)), ("I;16", 900, 900),
-                                                            ("1", 0, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "color", "transparency"),
+    [
+        ("P", 3, 3),
+        ("P", 3, b"\xff\xff\xff\0"),
+        ("L", 7, 7),
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("I;16", 900, 900),
+        ("1", 0, 0),
+    ],
+)
 def test_transparent_color_of_a_png_is_white(mode, color, transparency):
     picture = Image.new(mode, (8, 8), color)
     if mode == "P":
@@ -509,7 +559,10 @@ def test_array_equals_the_reference(array):
         (np.zeros((1, 3, 9, 9), np.uint8), "expected one image"),
         (np.zeros((9,), np.uint8), "expected one image"),
         (np.zeros((0, 9, 3), np.uint8), "at least one pixel"),
-        (PIXELS.astype(np.float32), r"must be 0…1, got float32 \[40, 60, 3\] with values 0 to 25\d"),
+        (
+            PIXELS.astype(np.float32),
+            r"must be 0…1, got float32 \[40, 60, 3\] with values 0 to 25\d",
+        ),
         ((PIXELS / 255 - 0.48) / 0.27, "must be 0…1, got .*normalization"),
         (np.full((9, 9), np.nan), "are NaN or infinite"),
         (np.full((9, 9), np.inf), "are NaN or infinite"),
@@ -520,7 +573,7 @@ def test_array_equals_the_reference(array):
         (np.full((9, 9), None), "expected an image of uint8, floats or integers"),
         (torch.zeros(9, 9).to_sparse(), "cannot convert the Tensor to an array"),
     ],
-)  # fmt: skip
+)
 def test_array_whose_meaning_is_unclear_is_one_sentence(array, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         load_image(array)
@@ -532,7 +585,7 @@ def test_array_whose_meaning_is_unclear_is_one_sentence(array, sentence):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A working directory with a damaged photo that is readable, one that is not, and a good image."""
+    """A working directory with a good image and two damaged photos, one of them still readable."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(SHAPES, "good.png")
     data = SHAPES.read_bytes()

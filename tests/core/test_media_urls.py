@@ -1,4 +1,4 @@
-"""Pictures and films from everywhere: files, bytes, `data:` and `http(s)://` addresses, all through one function."""
+"""Pictures and films from files, bytes, `data:` and `http(s)://` addresses, all by one function."""
 
 import base64
 import io
@@ -119,8 +119,13 @@ def test_a_film_comes_from_the_same_places(server):
     film = Path(__file__).parents[2] / "examples" / "crossing.mp4"
     expected = load_video(film, nframes=4)
     encoded = base64.b64encode(film.read_bytes()).decode()
-    for source in (film.as_uri(), film.read_bytes(), io.BytesIO(film.read_bytes()), f"{server}/crossing.mp4",
-                   f"data:video/mp4;base64,{encoded}"):  # fmt: skip
+    for source in (
+        film.as_uri(),
+        film.read_bytes(),
+        io.BytesIO(film.read_bytes()),
+        f"{server}/crossing.mp4",
+        f"data:video/mp4;base64,{encoded}",
+    ):
         clip = load_video(source, nframes=4)
         assert np.array_equal(clip.frames, expected.frames), f"{source!r:.40}"
         assert clip.timestamps == expected.timestamps

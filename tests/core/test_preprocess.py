@@ -1,4 +1,4 @@
-"""preprocess.py beside transformers' Pillow image processor, beside golden hashes, and beside plain loops."""
+"""preprocess.py beside transformers' Pillow image processor, golden hashes, and plain loops."""
 
 import json
 import math
@@ -289,7 +289,7 @@ def test_picture_is_a_clip_of_two_equal_frames():
 
 
 def test_clip_frames_equal_pictures():
-    """Frame by frame, a clip's pixels are those of the picture alone, which the reference vouches for."""
+    """A clip's frames have the pixels of the pictures alone, which the reference vouches for."""
     frames = [Image.fromarray(draw_pixels(90 + 0 * n, 120)).rotate(n) for n in range(4)]
     values, grids = preprocess_videos([frames], ImageConfig())
     cubes = values.reshape(*grids[0][:1], -1, 3, 2, 14, 14)  # [gt, gh*gw, C, tp, p, p]
@@ -333,7 +333,10 @@ def test_pillow_image_is_taken_as_it_is():
     "name", ["RGBA", "LA", "P, alpha per colour", "RGB, one colour transparent"]
 )
 def test_transparent_file_is_white_behind(tmp_path, name):
-    """A file and its opened image give the same pixels (the reference's own loader drops the alpha of a file)."""
+    """A file and its opened image give the same pixels.
+
+    The reference's own loader drops the alpha of a file.
+    """
     PICTURES[name].save(tmp_path / "x.png", transparency=PICTURES[name].info.get("transparency"))
     from_path, _ = preprocess_images([tmp_path / "x.png"], ImageConfig())
     with Image.open(tmp_path / "x.png") as opened:
@@ -580,7 +583,7 @@ def test_batch_of_text_only(processor):
 
 
 def test_batch_ids_equal_reference_tokenizer(processor, folder):
-    """The reference's way: repeat the placeholders in the text, tokenize all texts, pad on the left."""
+    """The reference repeats the placeholders in the text, tokenizes all texts, pads on the left."""
     reference = Qwen2Tokenizer.from_pretrained(folder)
     batch = processor(conversations())
     media = [("<|image_pad|>", batch.image_grid_thw), ("<|video_pad|>", batch.video_grid_thw)]
@@ -695,20 +698,36 @@ def test_bounds_of_one_item(processor):
         (["Hi"], ValueError, "message 0 must be a dict"),
         ([{"role": "user"}], ValueError, "the content of message 0"),
         (ask({"type": "image"}), ValueError, "the image item names no image under any of image"),
-        (ask({"type": "image", "image": "nowhere.png"}), FileNotFoundError, "no image at nowhere.png"),
-        (ask({"type": "image", "image_url": {"uri": "x.png"}}), ValueError, "the image item names no image under"),
-        (ask({"type": "image", "image": Image.new("RGB", (1, 201))}), ValueError, "more than 200 times"),
-        (ask({"type": "video", "fps": 1}), ValueError, "the video item names no video under any of video, url, path"),
+        (
+            ask({"type": "image", "image": "nowhere.png"}),
+            FileNotFoundError,
+            "no image at nowhere.png",
+        ),
+        (
+            ask({"type": "image", "image_url": {"uri": "x.png"}}),
+            ValueError,
+            "the image item names no image under",
+        ),
+        (
+            ask({"type": "image", "image": Image.new("RGB", (1, 201))}),
+            ValueError,
+            "more than 200 times",
+        ),
+        (
+            ask({"type": "video", "fps": 1}),
+            ValueError,
+            "the video item names no video under any of video, url, path",
+        ),
         (ask({"type": "video", "video": "nowhere.mp4"}), FileNotFoundError, "nowhere.mp4"),
     ],
-)  # fmt: skip
+)
 def test_errors_of_the_processor(processor, given_conversations, error, said):
     with pytest.raises(error, match=said):
         processor(given_conversations)
 
 
 def test_placeholders_in_a_text_take_no_picture(processor):
-    """What a user types is text: the row has as many image tokens as without it, and as many pictures."""
+    """What a user types is text: it adds neither image tokens nor pictures to the row."""
     picture = image("RGB")
     plain = processor([ask(picture), ask(picture)])
     typed = processor([ask(picture, text="<|image_pad|><|video_pad|><|im_end|>"), ask(picture)])
@@ -754,7 +773,10 @@ def test_threads_share_a_processor(processor, tmp_path):
     ("fields", "sentence"),
     [
         ({"size": 448}, "size is 448, expected shortest_edge"),
-        ({"size": {"height": 448, "width": 448}}, "size holds height, width, expected shortest_edge"),
+        (
+            {"size": {"height": 448, "width": 448}},
+            "size holds height, width, expected shortest_edge",
+        ),
         ({"size": {"shortest_edge": 3136}}, "size lacks a bound"),
         ({"size": [1, 2]}, "size is"),
         ({"image_mean": [0.5, 0.5]}, "image_mean is .*, expected three numbers"),
@@ -770,7 +792,7 @@ def test_threads_share_a_processor(processor, tmp_path):
         ({"rescale_factor": None, "resample": 77}, "resample is 77, expected a filter"),
         ({"rescale_factor": float("nan")}, "rescale_factor is nan, expected a number"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("nested", [False, True])
 def test_malformed_setting_names_file_and_field(tmp_path, fields, sentence, nested):
     name = "processor_config.json" if nested else "preprocessor_config.json"
@@ -793,9 +815,16 @@ def test_video_settings_change_nothing(tmp_path):
     assert ImageConfig.from_pretrained(tmp_path) == expected
 
 
-@pytest.mark.parametrize("options", [{"max_pixels": "many"}, {"min_pixels": 0}, {"max_pixels": True},
-                                     {"resized_height": "x", "resized_width": 56},
-                                     {"resized_height": -28, "resized_width": 56}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_pixels": "many"},
+        {"min_pixels": 0},
+        {"max_pixels": True},
+        {"resized_height": "x", "resized_width": 56},
+        {"resized_height": -28, "resized_width": 56},
+    ],
+)
 def test_malformed_option_of_an_item_is_one_sentence(processor, options):
     with pytest.raises(ValueError, match=r"(pixels|resized_height) is .*, expected an integer"):
         processor(ask(image("RGB", **options)))

@@ -1,4 +1,4 @@
-"""tokenizer.py compared with transformers, tiktoken and golden ids, on the real Qwen2 vocabulary."""
+"""tokenizer.py beside transformers, tiktoken and golden ids, on the real Qwen2 vocabulary."""
 
 import copy
 import json
@@ -163,9 +163,13 @@ def test_saved_truncation_and_padding_are_ignored(qwen_tokenizer_folder, tmp_pat
         "stride": 0,
     }
     description["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "strategy": {"Fixed": 9},
+        "direction": "Left",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
         "pad_token": "!",
-    }  # fmt: skip
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(description), encoding="utf-8")
     shutil.copy(qwen_tokenizer_folder / "tokenizer_config.json", tmp_path)
     assert Tokenizer.from_pretrained(tmp_path).encode("Describe this image.") == [
@@ -284,14 +288,16 @@ PROMPTS = {
     ),
     "late system message": (
         [{"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}],
-        f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>system\nBe brief.<|im_end|>\n{ASSISTANT}",
+        f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n"
+        f"<|im_start|>system\nBe brief.<|im_end|>\n{ASSISTANT}",
     ),
     "untrimmed text": (
         [
             {"role": "user", "content": "\n  a \r\n"},
             user({"type": "text", "text": " b "}, {"text": "\n"}),
         ],
-        f"{SYSTEM}<|im_start|>user\n\n  a \r\n<|im_end|>\n<|im_start|>user\n b \n<|im_end|>\n{ASSISTANT}",
+        f"{SYSTEM}<|im_start|>user\n\n  a \r\n<|im_end|>\n"
+        f"<|im_start|>user\n b \n<|im_end|>\n{ASSISTANT}",
     ),
     "empty contents": (
         [{"role": "user", "content": ""}, user()],
@@ -356,7 +362,8 @@ def test_vision_ids_count_over_the_whole_conversation(qwen):
     ]
     numbered = (
         f"{SYSTEM}<|im_start|>user\nPicture 1: {IMAGE}Hello.<|im_end|>\n{ASSISTANT}Hi.<|im_end|>\n"
-        f"<|im_start|>user\nAnd Picture 2: {IMAGE}Video 1: {VIDEO}Picture 3: {IMAGE}Video 2: {VIDEO}<|im_end|>\n"
+        f"<|im_start|>user\nAnd Picture 2: {IMAGE}Video 1: {VIDEO}"
+        f"Picture 3: {IMAGE}Video 2: {VIDEO}<|im_end|>\n"
     )
     assert qwen.apply_chat_template(messages, add_vision_id=True) == numbered + ASSISTANT
     for label in ("Picture 1: ", "Picture 2: ", "Picture 3: ", "Video 1: ", "Video 2: "):

@@ -1,4 +1,4 @@
-"""Video files as people have them: more streams, damage, wrong headers, alpha, odd pixels; hangs."""
+"""Video files as people have them: streams, damage, wrong headers, alpha, odd pixels; hangs."""
 
 import io
 import os

@@ -1,5 +1,7 @@
-"""What the README shows is run: its commands, its Python, its links and the answer; its figures are held to their
-sources."""
+"""What the README shows is run: its commands, its Python, its links and the answer.
+
+Its figures are held to their sources.
+"""
 
 import importlib
 import inspect
@@ -146,19 +148,22 @@ def test_table_of_ideas_names_what_the_reference_has():
     assert [part for part in parts if not re.search(rf"\b{part}\b", source)] == []
 
 
-# --------------------------------------------------------------------------------------------------- the figures
+# -------------------------------------------------------------------------------------- the figures
 PUBLISHED = {
     "2B": Config(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-        num_key_value_heads=2, tie_word_embeddings=True, vision_config=VisionConfig(hidden_size=1536),
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+        num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=True, vision_config=VisionConfig(hidden_size=1536),
     ),
     "7B": Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vision_config=VisionConfig(hidden_size=3584),
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vision_config=VisionConfig(hidden_size=3584),
     ),
     "72B": Config(
-        vocab_size=152064, hidden_size=8192, intermediate_size=29568, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, vision_config=VisionConfig(hidden_size=8192),
+        vocab_size=152064, hidden_size=8192, intermediate_size=29568,
+        num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
+        vision_config=VisionConfig(hidden_size=8192),
     ),
 }  # fmt: skip
 

@@ -871,7 +871,7 @@ def test_no_time_changes_nothing_for_images(folder, config):
 @pytest.mark.parametrize("name", ["one-dimensional", "no-time"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_variants_continue_positions_with_a_cache(name, padding, folder, config):
-    """A decode step has the position that the last token of the whole sequence has without a cache."""
+    """A decode step has the position of the whole sequence's last token without a cache."""
     _, variant = build_pair(name, config)
     positions = record_positions(variant)
     inputs = model_inputs(prompt_batch(folder, "clip"))
