@@ -233,7 +233,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layout_loads_as_in_the_reference(layout, published, write, capsys):
+def test_load_model_reads_each_layout_as_the_reference_does(layout, published, write, capsys):
     folder = write(*layout(*published))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -245,14 +245,14 @@ def test_layout_loads_as_in_the_reference(layout, published, write, capsys):
     assert answer(folder, capsys).strip()
 
 
-def test_dtype_option_wins_over_the_files(published, write):
+def test_load_model_prefers_its_dtype_to_the_files(published, write):
     folder = write(*mixed_dtypes(*published))
     assert {p.dtype for p in load_model(folder, "cpu", torch.float64).parameters()} == {
         torch.float64
     }
 
 
-def test_dtype_within_text_config_counts_where_the_top_level_has_none(published, write):
+def test_checkpoint_dtype_falls_back_to_text_config(published, write):
     config, weights = half_unnamed(*published)
     folder = write(config | {"text_config": {"dtype": "bfloat16"}}, weights)
     assert checkpoint_dtype(folder) == torch.bfloat16
@@ -260,7 +260,7 @@ def test_dtype_within_text_config_counts_where_the_top_level_has_none(published,
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_differing_head_is_kept_and_said(tied, published, write, tmp_path):
+def test_load_model_keeps_a_head_that_differs(tied, published, write, tmp_path):
     config, weights = published
     weights[HEAD] = weights[EMBEDDING] + 0.01
     folder = write(config | {"tie_word_embeddings": tied}, weights)
@@ -279,7 +279,7 @@ def test_differing_head_is_kept_and_said(tied, published, write, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "a.b.model."])
 @pytest.mark.parametrize("layout", [flat, nested])
-def test_prefix_that_all_names_share_is_removed_and_said(prefix, layout, published, write):
+def test_load_model_removes_a_prefix_that_all_names_share(prefix, layout, published, write):
     folder = write(*layout(*published))
     expected = load_model(folder, "cpu")
     weights = load_file(folder / "model.safetensors")
@@ -290,7 +290,7 @@ def test_prefix_that_all_names_share_is_removed_and_said(prefix, layout, publish
         assert torch.equal(found, wanted), name
 
 
-def test_model_file_wins_over_an_index_with_a_warning(published, write):
+def test_load_model_prefers_the_model_file_to_an_index(published, write):
     folder = write(*published)
     stale = {"metadata": {}, "weight_map": {HEAD: "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
@@ -299,7 +299,7 @@ def test_model_file_wins_over_an_index_with_a_warning(published, write):
     assert_same(ours, reference(folder))
 
 
-def test_symlinked_shards_load(published, write, tmp_path):
+def test_load_model_follows_symlinked_shards(published, write, tmp_path):
     """The hub's cache: a snapshot holds links to blobs elsewhere."""
     folder = write(*published)
     (folder / "model.safetensors").rename(tmp_path / "0123abcd")
@@ -309,7 +309,7 @@ def test_symlinked_shards_load(published, write, tmp_path):
     assert load_model(folder, "cpu").lm_head.weight.shape == published[1][EMBEDDING].shape
 
 
-def test_home_directory_is_expanded(published, write, monkeypatch):
+def test_find_checkpoint_expands_the_home_directory(published, write, monkeypatch):
     folder = write(*published)
     monkeypatch.setenv("HOME", str(folder.parent))
     assert find_checkpoint("~/checkpoint") == folder
@@ -343,7 +343,7 @@ QUANTIZED = [
 
 
 @pytest.mark.parametrize(("change", "method"), QUANTIZED)
-def test_quantized_config_is_refused_by_method(change, method, published, write, capsys):
+def test_main_refuses_a_quantized_config_by_method(change, method, published, write, capsys):
     folder = write(published[0] | change, published[1])
     sentence = refusal(folder, capsys)
     assert re.search(f"quantized with {method}", sentence)
@@ -351,7 +351,7 @@ def test_quantized_config_is_refused_by_method(change, method, published, write,
     assert refusal(folder, capsys, estimate) == sentence
 
 
-def test_refusal_names_the_full_precision_checkpoint_of_the_same_size(published, write):
+def test_check_supported_names_the_full_precision_checkpoint(published, write):
     for hidden_size, size in ((1536, "2B"), (3584, "7B"), (8192, "72B")):
         config = published[0] | {"hidden_size": hidden_size, "quantization_config": AWQ}
         with pytest.raises(ValueError, match=f"Qwen/Qwen2-VL-{size}-Instruct"):
@@ -374,7 +374,7 @@ def test_refusal_names_the_full_precision_checkpoint_of_the_same_size(published,
         (("codes", "codebooks", "scales"), "AQLM"),
     ],
 )
-def test_quantized_tensors_are_refused_without_a_word_in_the_config(
+def test_main_refuses_quantized_tensors_that_the_config_does_not_name(
     tensors, method, published, write, capsys
 ):
     config, weights = published
@@ -385,7 +385,7 @@ def test_quantized_tensors_are_refused_without_a_word_in_the_config(
     assert f"quantized with {method}, which" in refusal(write(config, weights), capsys)
 
 
-def test_adapter_is_refused_with_the_name_of_its_base(published, write, tmp_path, capsys):
+def test_main_refuses_an_adapter_and_names_its_base(published, write, tmp_path, capsys):
     folder = write(*published)
     lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 128)}
     save_file(lora, folder / "adapter_model.safetensors")
@@ -400,13 +400,13 @@ def test_adapter_is_refused_with_the_name_of_its_base(published, write, tmp_path
     assert refusal(folder, capsys, estimate) == sentence
 
 
-def test_adapter_tensors_are_refused_without_an_adapter_config(published, write, capsys):
+def test_main_refuses_adapter_tensors_without_an_adapter_config(published, write, capsys):
     config, weights = published
     weights["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.zeros(2, 128)
     assert "an adapter (LoRA)" in refusal(write(config, weights), capsys)
 
 
-def test_gguf_is_refused_as_file_and_directory(tmp_path, capsys):
+def test_main_refuses_gguf_as_file_and_directory(tmp_path, capsys):
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
     for source in (tmp_path, tmp_path / "model.Q4_K_M.gguf"):
         for program in (command, estimate):
@@ -438,14 +438,16 @@ def test_gguf_is_refused_as_file_and_directory(tmp_path, capsys):
         ({"model.safetensors": b"\x02\0\0\0\0\0\0\0{}"}, "58 missing|[0-9]+ missing"),
     ],
 )
-def test_missing_or_foreign_weights_are_one_sentence(files, sentence, published, write, capsys):
+def test_main_refuses_missing_or_foreign_weights_in_one_sentence(
+    files, sentence, published, write, capsys
+):
     folder = write(published[0], {})
     for name, content in files.items():
         (folder / name).write_bytes(content)
     assert re.search(sentence, refusal(folder, capsys))
 
 
-def test_cut_off_weights_are_one_sentence(published, write, capsys):
+def test_main_refuses_cut_off_weights_in_one_sentence(published, write, capsys):
     path = write(*published) / "model.safetensors"
     content = path.read_bytes()
     for length in (4, 9, 500, len(content) // 2, len(content) - 1):
@@ -453,7 +455,7 @@ def test_cut_off_weights_are_one_sentence(published, write, capsys):
         assert "not a whole safetensors file" in refusal(path.parent, capsys)
 
 
-def test_weights_that_are_no_regular_file_are_refused(published, write, capsys):
+def test_main_refuses_weights_that_are_no_regular_file(published, write, capsys):
     folder = write(published[0], {})
     os.mkfifo(folder / "model.safetensors")
     assert "lacks model.safetensors or" in refusal(folder, capsys)
@@ -480,7 +482,7 @@ def test_weights_that_are_no_regular_file_are_refused(published, write, capsys):
         ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_damaged_index_is_one_sentence(index, sentence, published, write, capsys):
+def test_main_refuses_a_damaged_index_in_one_sentence(index, sentence, published, write, capsys):
     folder = write(published[0], {})
     save_file(published[1], folder.parent / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
@@ -489,7 +491,7 @@ def test_damaged_index_is_one_sentence(index, sentence, published, write, capsys
     assert "model.safetensors.index.json" in found
 
 
-def test_tensor_in_two_shards_is_named(published, write, capsys):
+def test_main_names_a_tensor_in_two_shards(published, write, capsys):
     config, weights = published
     folder = write(config, weights, "model-1.safetensors")
     save_file({"model.norm.weight": torch.zeros(128)}, folder / "model-2.safetensors")
@@ -499,7 +501,7 @@ def test_tensor_in_two_shards_is_named(published, write, capsys):
     assert re.search(r"two tensors for .* model.norm.weight.*model-1.*model-2", found)
 
 
-def test_integer_tensor_is_named(published, write, capsys):
+def test_main_names_an_integer_tensor(published, write, capsys):
     config, weights = published
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int32)
     found = refusal(write(config, weights), capsys)
@@ -518,13 +520,13 @@ def test_integer_tensor_is_named(published, write, capsys):
         ({"model_type": ["qwen2_vl"]}, r"got \['qwen2_vl'\]"),
     ],
 )
-def test_other_models_are_named(change, sentence, published, write, capsys):
+def test_main_names_the_type_of_another_model(change, sentence, published, write, capsys):
     folder = write(published[0] | change, published[1])
     assert re.search(f"model_type: expected 'qwen2_vl', {sentence}", refusal(folder, capsys))
     refusal(folder, capsys, estimate)
 
 
-def test_head_of_a_reward_model_is_named(published, write, capsys):
+def test_main_names_the_head_of_a_reward_model(published, write, capsys):
     config, weights = published
     weights["score.weight"] = torch.zeros(1, 128)
     config["architectures"] = ["Qwen2VLForSequenceClassification"]
@@ -533,7 +535,7 @@ def test_head_of_a_reward_model_is_named(published, write, capsys):
     assert "score.weight [1, 128]" in found
 
 
-def test_code_named_by_the_config_is_not_imported(published, write, capsys):
+def test_main_imports_no_code_named_by_the_config(published, write, capsys):
     config, weights = published
     folder = write(config | {"auto_map": {"AutoModel": "evil.Model"}}, weights)
     (folder / "evil.py").write_text("raise SystemExit('imported')")
@@ -594,7 +596,9 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize(("field", "value", "sentence"), WRONG_VALUES)
-def test_wrong_value_names_file_and_field(field, value, sentence, published, write, capsys):
+def test_main_names_file_and_field_of_a_wrong_value(
+    field, value, sentence, published, write, capsys
+):
     folder = write(published[0] | {field: value}, published[1])
     for program in (command, estimate):
         found = refusal(folder, capsys, program)
@@ -602,7 +606,7 @@ def test_wrong_value_names_file_and_field(field, value, sentence, published, wri
         assert sentence in found
 
 
-def test_sizes_beyond_any_memory_are_one_sentence(published, write, capsys):
+def test_main_refuses_sizes_beyond_any_memory_in_one_sentence(published, write, capsys):
     size = 2**31 - 128
     config = published[0] | {"hidden_size": size, "intermediate_size": size, "vocab_size": size}
     config["vision_config"] |= {"hidden_size": size}
@@ -627,21 +631,21 @@ def test_sizes_beyond_any_memory_are_one_sentence(published, write, capsys):
         b"version https://git-lfs.github.com/spec/v1\n",
     ],
 )
-def test_malformed_config_file_is_one_sentence(content, published, write, capsys):
+def test_main_refuses_a_malformed_config_file_in_one_sentence(content, published, write, capsys):
     folder = write(*published)
     (folder / "config.json").write_bytes(content)
     assert str(folder / "config.json") in refusal(folder, capsys)
 
 
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_config_that_is_no_regular_file_is_refused(make, published, write, capsys):
+def test_main_refuses_a_config_that_is_no_regular_file(make, published, write, capsys):
     folder = write(*published)
     (folder / "config.json").unlink()
     make(folder / "config.json")
     assert "there is no config.json" in refusal(folder, capsys)
 
 
-def test_null_means_the_default(published, write):
+def test_load_config_reads_null_as_the_default(published, write):
     config, _ = published
     nulls = dict.fromkeys(("hidden_act", "rms_norm_eps", "max_window_layers", "use_sliding_window"))
     read = load_config(write(config | nulls | {"sliding_window": None, "text_config": None}, {}))
@@ -696,7 +700,7 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(("error", "sentence"), FAILURES, ids=lambda x: type(x).__name__)
-def test_failed_download_is_one_sentence(error, sentence, monkeypatch, capsys):
+def test_main_reports_a_failed_download_in_one_sentence(error, sentence, monkeypatch, capsys):
     def fail(name, **options):
         raise error
 
@@ -706,7 +710,7 @@ def test_failed_download_is_one_sentence(error, sentence, monkeypatch, capsys):
     assert "Someone/Qwen2-VL" in found
 
 
-def test_interrupted_download_stays_an_interrupt(monkeypatch):
+def test_find_checkpoint_lets_keyboard_interrupt_through(monkeypatch):
     def interrupt(name, **options):
         raise KeyboardInterrupt
 
@@ -715,7 +719,7 @@ def test_interrupted_download_stays_an_interrupt(monkeypatch):
         find_checkpoint("Someone/Qwen2-VL")
 
 
-def test_adapter_repository_is_refused_as_an_adapter(tmp_path, monkeypatch, capsys):
+def test_main_refuses_an_adapter_repository(tmp_path, monkeypatch, capsys):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Base"}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
     assert "an adapter (LoRA) for Qwen/Base" in refusal("Someone/lora", capsys)
@@ -724,7 +728,7 @@ def test_adapter_repository_is_refused_as_an_adapter(tmp_path, monkeypatch, caps
 # ------------------------------------------------------------------------------------------- saving
 
 
-def test_model_can_be_saved_into_its_own_directory(published, write):
+def test_save_model_can_write_into_its_own_directory(published, write):
     """Its parameters are the mapped file, which must not change under them."""
     folder = write(*published)
     model = load_model(folder, "cpu")
@@ -738,7 +742,7 @@ def test_model_can_be_saved_into_its_own_directory(published, write):
     assert not list(folder.glob(".*"))
 
 
-def test_full_disk_leaves_the_earlier_file_and_is_one_sentence(published, write, monkeypatch):
+def test_save_model_leaves_the_earlier_file_when_the_disk_is_full(published, write, monkeypatch):
     from safetensors import SafetensorError
 
     folder = write(*published)
@@ -757,6 +761,6 @@ def test_full_disk_leaves_the_earlier_file_and_is_one_sentence(published, write,
     assert not list(folder.glob(".*"))
 
 
-def test_weight_files_of_a_string_path(published, write):
+def test_weight_files_accepts_a_string_path(published, write):
     folder = write(*published)
     assert weight_files(str(folder)) == [folder / "model.safetensors"]

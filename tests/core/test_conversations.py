@@ -75,7 +75,7 @@ SHAREGPT = {"from": "human", "value": "<image>What<image>?"}
         ],
     ],
 )
-def test_layout_is_read_in_order(line):
+def test_read_conversation_keeps_the_order_of_each_layout(line):
     [message] = read_conversation(line)
     found = [item.get("text") or source(item) for item in message["content"]]
     assert found == [WIDE, "What", TALL, "?"]
@@ -87,7 +87,7 @@ def source(item):
     return value["url"] if isinstance(value, dict) else value
 
 
-def test_images_without_a_place_come_before_the_first_question():
+def test_read_conversation_puts_images_without_a_place_first():
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}]
     expected = [image(WIDE), image(TALL), text("What?")]
     for line in (
@@ -99,7 +99,7 @@ def test_images_without_a_place_come_before_the_first_question():
         assert read_conversation(found) == found
 
 
-def test_markers_count_over_the_whole_conversation():
+def test_read_conversation_counts_markers_over_all_messages():
     messages = [
         {"role": "user", "content": "<image>First <video>"},
         {"role": "assistant", "content": "Yes."},
@@ -111,14 +111,14 @@ def test_markers_count_over_the_whole_conversation():
     assert found[2]["content"] == [text("And "), image(TALL)]
 
 
-def test_sharegpt_roles_and_system_prompt():
+def test_read_conversation_accepts_sharegpt_roles_and_system_prompt():
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     found = read_conversation({"conversations": turns, "system": "Be brief."})
     assert [message["role"] for message in found] == ["system", "user", "assistant"]
     assert found[0]["content"] == [text("Be brief.")]
 
 
-def test_base64_of_ollama_and_anthropic_is_the_image():
+def test_processor_reads_base64_of_ollama_and_anthropic():
     content = base64.b64encode(Path(SHAPES).read_bytes()).decode()
     processor = Processor.from_pretrained(BUNDLED_CHECKPOINT)
     expected = processor([user(image(SHAPES), text("Hi"))])
@@ -173,7 +173,7 @@ ASK = [{"role": "user", "content": "Hi"}]
         ("Hi", "expected a list of messages"),
     ],
 )
-def test_media_that_would_be_lost_are_an_error(line, sentence):
+def test_read_conversation_refuses_media_that_would_be_lost(line, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         read_conversation(line)
     assert "\n" not in str(caught.value)
@@ -197,7 +197,7 @@ def test_media_that_would_be_lost_are_an_error(line, sentence):
         "screenshots",
     ],
 )
-def test_key_that_could_carry_media(key):
+def test_names_media_accepts_a_key_that_could_carry_media(key):
     assert names_media(key)
 
 
@@ -219,11 +219,11 @@ def test_key_that_could_carry_media(key):
         "curly",
     ],
 )
-def test_key_that_is_harmless(key):
+def test_names_media_excludes_a_harmless_key(key):
     assert not names_media(key)
 
 
-def test_marker_without_any_image_stays_text_and_is_reported():
+def test_read_conversation_keeps_a_marker_without_any_image_as_text():
     with pytest.warns(UserWarning, match="<image> stays text, as the conversation has no image"):
         [message] = read_conversation([MARKED])
     assert message["content"] == [text(MARKED["content"])]
@@ -232,7 +232,7 @@ def test_marker_without_any_image_stays_text_and_is_reported():
         read_conversation([user(image(WIDE), text("What does <image> mean in SVG?"))])
 
 
-def test_text_beside_an_image_in_one_item_is_reported():
+def test_read_conversation_warns_about_text_in_an_image_item():
     with pytest.warns(UserWarning, match="the text of an item with image is not used"):
         read_conversation([user({"type": "text", "text": "Hi", "image": WIDE})])
 

@@ -121,7 +121,7 @@ def assert_shows(image, pixels, file_format):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("name", [*DAMAGED, *UPRIGHT])
-def test_damaged_exif_costs_the_orientation_alone(file_format, name):
+def test_load_image_loses_only_the_orientation_to_damaged_exif(file_format, name):
     data = with_exif(file_format, (DAMAGED | UPRIGHT)[name])
     assert_shows(load_image(data), PIXELS, file_format)
 
@@ -129,13 +129,13 @@ def test_damaged_exif_costs_the_orientation_alone(file_format, name):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("name", ROTATED)
-def test_damage_elsewhere_in_exif_leaves_the_orientation(file_format, name):
+def test_load_image_keeps_the_orientation_despite_other_damaged_exif(file_format, name):
     image = load_image(with_exif(file_format, ROTATED[name]))
     assert_shows(image, np.rot90(PIXELS, -1), file_format)
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_unreadable_exif_is_one_warning_naming_the_source(tmp_path, name):
+def test_load_image_warns_once_about_unreadable_exif(tmp_path, name):
     (tmp_path / "photo.png").write_bytes(with_exif("PNG", DAMAGED[name]))
     with pytest.warns(UserWarning, match=r"photo\.png: its EXIF data cannot be read") as caught:
         load_image(tmp_path / "photo.png")
@@ -143,20 +143,20 @@ def test_unreadable_exif_is_one_warning_naming_the_source(tmp_path, name):
     assert "\n" not in str(caught[0].message)
 
 
-def test_transposed_image_carries_no_orientation_any_more():
+def test_load_image_removes_the_orientation_that_it_applied():
     image = load_image(with_exif("PNG", ROTATED["big-endian"]))
     assert image.getexif().get(0x0112) is None
     assert not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys()
 
 
-def test_xmp_orientation_is_applied():
+def test_load_image_applies_xmp_orientation():
     text = b'<x:xmpmeta xmlns:tiff="t"><a tiff:Orientation="6"/></x:xmpmeta>'
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "WEBP", lossless=True, xmp=text)
     assert_shows(load_image(buffer.getvalue()), np.rot90(PIXELS, -1), "WEBP")
 
 
-def test_mpo_photo_is_its_first_image_without_a_warning():
+def test_load_image_reads_the_first_image_of_mpo_without_a_warning():
     exif = Image.Exif()
     exif[0x0112] = 6
     buffer = io.BytesIO()
@@ -170,7 +170,7 @@ def test_mpo_photo_is_its_first_image_without_a_warning():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("damage", ["bad checksum", "huge text", "broken profile"])
-def test_png_with_a_damaged_chunk_is_read_from_its_pixels(damage):
+def test_load_image_reads_png_pixels_despite_a_damaged_chunk(damage):
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "PNG")
     data = buffer.getvalue()
@@ -186,7 +186,7 @@ def test_png_with_a_damaged_chunk_is_read_from_its_pixels(damage):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("marker", [0xE0, 0xE1, 0xE2, 0xED, 0xEE, 0xFE])
 @pytest.mark.parametrize("start", [b"", b"JFIF", b"Exif", b"ICC_PROFILE\0", b"MPF\0", b"Adobe\0"])
-def test_jpeg_with_a_segment_cut_short_is_read_from_its_pixels(marker, start):
+def test_load_image_reads_jpeg_pixels_despite_a_segment_cut_short(marker, start):
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "JPEG", quality=95)
     data = buffer.getvalue()
@@ -198,7 +198,7 @@ def test_jpeg_with_a_segment_cut_short_is_read_from_its_pixels(marker, start):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tag", [0x010E, 0x0112, 0x8769, 0x8825])
 @pytest.mark.parametrize("kind", [0, 2, 5, 12, 99])
-def test_tiff_with_a_damaged_tag_is_read_from_its_pixels(tag, kind):
+def test_load_image_reads_tiff_pixels_despite_a_damaged_tag(tag, kind):
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "TIFF")
     data = buffer.getvalue()
@@ -215,7 +215,7 @@ def test_tiff_with_a_damaged_tag_is_read_from_its_pixels(tag, kind):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP"])
-def test_any_damage_to_a_file_is_a_value_error(file_format):
+def test_load_image_makes_any_damage_a_value_error(file_format):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a description"
@@ -248,7 +248,7 @@ def test_any_damage_to_a_file_is_a_value_error(file_format):
         AttributeError("x"),
     ],
 )
-def test_any_exception_of_a_decoder_is_one_sentence(monkeypatch, error):
+def test_load_image_makes_any_decoder_exception_one_sentence(monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 
@@ -257,7 +257,7 @@ def test_any_exception_of_a_decoder_is_one_sentence(monkeypatch, error):
         load_image(SHAPES)
 
 
-def test_keyboard_interrupt_passes_through(monkeypatch):
+def test_load_image_lets_keyboard_interrupt_through(monkeypatch):
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
@@ -290,7 +290,7 @@ def test_keyboard_interrupt_passes_through(monkeypatch):
         "TGA",
     ],
 )
-def test_format_is_read_whatever_the_name_of_the_file(tmp_path, file_format):
+def test_load_image_reads_a_format_whatever_the_file_name(tmp_path, file_format):
     picture = Image.fromarray(draw_pixels(64, 64)).convert(
         "RGBA" if file_format == "ICNS" else "RGB"
     )
@@ -305,7 +305,7 @@ DOS_EPS = b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 32, len(EPS), 0, 0, 0, 0) + b
 
 
 @pytest.mark.parametrize("data", [EPS, DOS_EPS])
-def test_postscript_is_refused_and_no_program_started(tmp_path, monkeypatch, data):
+def test_load_image_refuses_postscript_and_starts_no_program(tmp_path, monkeypatch, data):
     def refuse(*arguments, **options):
         raise AssertionError("a program was started")
 
@@ -341,13 +341,13 @@ def test_postscript_is_refused_and_no_program_started(tmp_path, monkeypatch, dat
         (b"\xd7\xcd\xc6\x9a" + bytes(40), "it has no format that Pillow knows"),  # WMF
     ],
 )
-def test_file_that_is_no_image_is_called_what_it_is(tmp_path, data, reason):
+def test_load_image_names_what_a_file_is_that_is_no_image(tmp_path, data, reason):
     (tmp_path / "IMG_1.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=rf"cannot read .*IMG_1\.jpg as an image: {reason}"):
         load_image(tmp_path / "IMG_1.jpg")
 
 
-def test_only_regular_files_are_opened(tmp_path):
+def test_load_image_opens_only_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     with socket.socket(socket.AF_UNIX) as unix:
@@ -361,7 +361,7 @@ def test_only_regular_files_are_opened(tmp_path):
         load_image("/dev/zero")
 
 
-def test_home_directory_is_not_expanded():
+def test_load_image_does_not_expand_the_home_directory():
     with pytest.raises(FileNotFoundError, match=r"no image at ~/x\.png \(~ is not expanded"):
         load_image("~/x.png")
 
@@ -379,17 +379,17 @@ def test_home_directory_is_not_expanded():
         ("file://server/share/a.png", True, "//server/share/a.png"),
     ],
 )
-def test_file_url_names_a_path(url, windows, path):
+def test_file_url_path_returns_the_path(url, windows, path):
     assert file_url_path(url, windows) == path
 
 
-def test_file_url_with_percent_signs_that_are_literal(tmp_path):
+def test_load_image_accepts_literal_percent_signs_in_a_file_url(tmp_path):
     path = tmp_path / "a%20b.png"
     shutil.copy(SHAPES, path)
     assert load_image(f"file://{path}").size == Image.open(SHAPES).size
 
 
-def test_bare_base64_is_an_image_as_in_the_reference():
+def test_load_image_accepts_bare_base64_as_the_reference_does():
     text = base64.b64encode(SHAPES.read_bytes()).decode()
     assert load_image(text).size == Image.open(SHAPES).size
     with pytest.raises(FileNotFoundError, match="there is no image at gone"):
@@ -398,7 +398,7 @@ def test_bare_base64_is_an_image_as_in_the_reference():
         load_image("home/" + "a" * 95)
 
 
-def test_large_photo_is_no_warning_and_a_bomb_is_one_sentence(tmp_path):
+def test_load_image_reads_a_large_photo_and_refuses_a_bomb(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # 90 million pixels
     (tmp_path / "bomb.png").write_bytes(b"P6 60000 60000 255\n" + bytes(30))
     code = f"import sys; sys.path[:0] = {sys.path!r}; from media import load_image; "
@@ -412,7 +412,7 @@ def test_large_photo_is_no_warning_and_a_bomb_is_one_sentence(tmp_path):
 # --- what is used in part is warned about ---
 
 
-def test_clipped_values_are_reported_and_equal_the_reference(tmp_path):
+def test_preprocess_images_warns_of_clipped_values_and_equals_reference(tmp_path):
     ramp = np.arange(56 * 56, dtype=np.uint16).reshape(56, 56) * 20
     Image.fromarray(ramp).save(tmp_path / "scan.png")
     Image.fromarray(ramp.astype(np.int32) - 5).save(tmp_path / "depth.tif")
@@ -426,12 +426,12 @@ def test_clipped_values_are_reported_and_equal_the_reference(tmp_path):
         assert values.tobytes() == reference["pixel_values"].tobytes()
 
 
-def test_floats_of_one_at_most_are_reported_as_black():
+def test_load_image_warns_that_floats_of_one_at_most_are_black():
     with pytest.warns(UserWarning, match="so it is black"):
         load_image(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)))
 
 
-def test_image_without_a_finite_value_is_one_warning():
+def test_load_image_warns_once_about_no_finite_value():
     with pytest.warns(UserWarning, match="none of its values is finite") as caught:
         load_image(Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)))
     assert len(caught) == 1
@@ -440,7 +440,7 @@ def test_image_without_a_finite_value_is_one_warning():
 @pytest.mark.parametrize(
     "values", [np.arange(64).astype(np.uint16), np.arange(64).astype(np.int32)]
 )
-def test_wide_image_with_narrow_values_is_no_warning(values):
+def test_load_image_of_a_wide_dtype_with_small_values_gives_no_warning(values):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_image(Image.fromarray(values.reshape(8, 8)))
@@ -456,7 +456,7 @@ def test_wide_image_with_narrow_values_is_no_warning(values):
         ("AVIF", "first of 3 frames"),
     ],
 )
-def test_dropped_frames_are_reported(tmp_path, file_format, what):
+def test_load_image_warns_about_dropped_frames(tmp_path, file_format, what):
     frames = [Image.fromarray(np.roll(PIXELS, n * 5, 0)) for n in range(3)]
     frames[0].save(tmp_path / "x", file_format, save_all=True, append_images=frames[1:])
     with pytest.warns(UserWarning, match=rf"x: the image is the {what}") as caught:
@@ -470,7 +470,7 @@ def test_dropped_frames_are_reported(tmp_path, file_format, what):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "La"])
-def test_invisible_image_of_any_mode_is_white(mode):
+def test_to_rgb_makes_an_invisible_image_of_any_mode_white(mode):
     picture = Image.new("LA" if mode == "La" else mode, (8, 8), 0)
     assert np.asarray(to_rgb(picture.convert(mode))).min() == 255
 
@@ -487,7 +487,7 @@ def test_invisible_image_of_any_mode_is_white(mode):
         ("1", 0, 0),
     ],
 )
-def test_transparent_color_of_a_png_is_white(mode, color, transparency):
+def test_to_rgb_makes_the_transparent_color_of_a_png_white(mode, color, transparency):
     picture = Image.new(mode, (8, 8), color)
     if mode == "P":
         picture.putpalette([0, 0, 0] * 4)
@@ -526,7 +526,7 @@ def chw(array):
         (np.zeros((30, 40), dtype=np.float32), np.zeros((30, 40))),
     ],
 )
-def test_array_becomes_the_image_that_it_shows(array, expected):
+def test_load_image_converts_an_array_or_tensor(array, expected):
     """Also as a tensor, which may carry a gradient."""
     assert np.array_equal(np.asarray(load_image(array)), expected)
     if array.dtype == np.uint16:
@@ -537,13 +537,13 @@ def test_array_becomes_the_image_that_it_shows(array, expected):
     assert np.array_equal(np.asarray(load_image(tensor)), expected)
 
 
-def test_bfloat16_tensor_is_read():
+def test_load_image_reads_a_bfloat16_tensor():
     values = torch.tensor([[0.0, 0.5, 1.0]] * 5, dtype=torch.bfloat16)
     assert np.asarray(load_image(values))[0].tolist() == [0, 128, 255]
 
 
 @pytest.mark.parametrize("array", [PIXELS, chw(PIXELS), GRAY[:, :, None], GRAY[None]])
-def test_array_equals_the_reference(array):
+def test_preprocess_images_of_an_array_equals_reference(array):
     values, grid = preprocess_images([array], ImageConfig())
     reference = Qwen2VLImageProcessorPil()([array], return_tensors="np")
     assert values.tobytes() == reference["pixel_values"].tobytes()
@@ -574,13 +574,13 @@ def test_array_equals_the_reference(array):
         (torch.zeros(9, 9).to_sparse(), "cannot convert the Tensor to an array"),
     ],
 )
-def test_array_whose_meaning_is_unclear_is_one_sentence(array, sentence):
+def test_load_image_of_an_ambiguous_array_is_one_sentence(array, sentence):
     with pytest.raises(ValueError, match=sentence) as caught:
         load_image(array)
     assert "\n" not in str(caught.value)
 
 
-# --- the programs go on ---
+# --- the programs continue ---
 
 
 @pytest.fixture
@@ -598,7 +598,7 @@ def folder(tmp_path, monkeypatch):
 QUESTION = "How many shapes are there?"
 
 
-def test_single_run_answers_about_a_photo_with_damaged_metadata(folder, capsys):
+def test_generate_answers_about_a_photo_with_damaged_metadata(folder, capsys):
     arguments = ["--quiet", "--prompt", QUESTION, "--image"]
     with pytest.warns(UserWarning, match="EXIF data cannot be read"):
         assert command.main([*arguments, "odd.png"]) == 0

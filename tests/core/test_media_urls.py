@@ -1,4 +1,4 @@
-"""Pictures and films from files, bytes, `data:` and `http(s)://` addresses, all by one function."""
+"""Images and videos from files, bytes, `data:` and `http(s)://` URLs, all by one function."""
 
 import base64
 import io
@@ -70,7 +70,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    """The address of a server on this machine."""
+    """Return the URL of a server on this machine."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -109,13 +109,13 @@ def sources(server):
     }
 
 
-def test_every_source_gives_the_same_picture(server):
+def test_load_image_gives_the_same_image_from_every_source(server):
     expected = np.asarray(Image.open(SHAPES).convert("RGB"))
     for name, source in sources(server).items():
         assert np.array_equal(np.asarray(load_image(source).convert("RGB")), expected), name
 
 
-def test_a_film_comes_from_the_same_places(server):
+def test_load_video_gives_the_same_frames_from_every_source(server):
     film = Path(__file__).parents[2] / "examples" / "crossing.mp4"
     expected = load_video(film, nframes=4)
     encoded = base64.b64encode(film.read_bytes()).decode()
@@ -131,7 +131,7 @@ def test_a_film_comes_from_the_same_places(server):
         assert clip.timestamps == expected.timestamps
 
 
-def test_an_open_file_is_read_from_its_beginning_and_stays_open():
+def test_load_image_reads_an_open_file_from_its_start_and_leaves_it_open():
     with SHAPES.open("rb") as file:
         file.read(10)
         first, second = load_image(file), load_image(file)
@@ -151,38 +151,38 @@ def test_an_open_file_is_read_from_its_beginning_and_stays_open():
         ("/round", OSError, "cannot fetch http://127.0.0.1"),
     ],
 )
-def test_what_a_server_does_wrong_is_one_sentence(server, path, error, said):
+def test_load_image_makes_a_server_error_one_sentence(server, path, error, said):
     with pytest.raises(error, match=said) as caught:
         load_image(server + path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_cannot_be_reached():
+def test_load_image_of_a_server_that_cannot_be_reached_is_an_error():
     closed = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     closed.server_close()
     with pytest.raises(OSError, match=r"cannot fetch http://127\.0\.0\.1"):
         load_image(f"http://127.0.0.1:{closed.server_port}/x.png")
 
 
-def test_a_silent_server_is_left(server):
+def test_download_gives_up_a_silent_server(server):
     with pytest.raises(TimeoutError, match=r"sent nothing for 0\.01 seconds"):
         media.download(f"{server}/silent", timeout=0.01)
 
 
-def test_a_server_may_not_take_for_ever(server):
+def test_download_gives_up_after_its_deadline(server):
     with pytest.raises(TimeoutError, match="was not there after 0 seconds"):
         media.download(f"{server}/shapes.png", deadline=0)
 
 
 @pytest.mark.parametrize("path", ["/shapes.png", "/long"])
-def test_the_size_is_limited_whether_it_is_said_or_not(server, path):
+def test_download_limits_the_size_announced_or_not(server, path):
     size = len(SHAPES.read_bytes())
     assert len(media.download(server + path, max_bytes=size).read()) == size
     with pytest.raises(ValueError, match="holds more than"):
         media.download(server + path, max_bytes=size - 1)
 
 
-def test_an_announced_size_is_believed_before_anything_is_read(server, monkeypatch):
+def test_download_refuses_an_announced_size_before_reading(server, monkeypatch):
     def refuse(self, *arguments, **more):
         raise AssertionError("the content was read")
 
@@ -194,13 +194,13 @@ def test_an_announced_size_is_believed_before_anything_is_read(server, monkeypat
 @pytest.mark.parametrize(
     "address", ["data:image/png;base64,abc", "data:nothing", "http://[::1", "https://"]
 )
-def test_addresses_that_make_no_sense(address):
+def test_open_media_of_a_malformed_url_is_one_sentence(address):
     with pytest.raises((ValueError, OSError), match=r"URL|fetch") as caught:
         open_media(address)
     assert "\n" not in str(caught.value)
 
 
-def test_a_large_answer_goes_to_a_temporary_file(server, monkeypatch):
+def test_download_writes_a_large_response_to_a_temporary_file(server, monkeypatch):
     monkeypatch.setattr(media, "SPOOL_BYTES", 100)
     with media.download(f"{server}/shapes.png") as file:
         assert file._rolled
@@ -210,7 +210,7 @@ def test_a_large_answer_goes_to_a_temporary_file(server, monkeypatch):
 @pytest.mark.parametrize(
     "error", [UnicodeError("x"), ssl.SSLError("x"), RuntimeError("x"), OSError(28, "No space left")]
 )
-def test_any_exception_of_a_download_is_one_sentence(server, monkeypatch, error):
+def test_download_makes_any_exception_one_sentence(server, monkeypatch, error):
     def fail(self, *arguments, **more):
         raise error
 
@@ -220,6 +220,6 @@ def test_any_exception_of_a_download_is_one_sentence(server, monkeypatch, error)
 
 
 @pytest.mark.parametrize("url", ["http://a b/x.png", "http://\udc80/x.png"])
-def test_host_that_cannot_be_encoded_is_one_sentence(url):
+def test_download_of_a_host_that_cannot_be_encoded_is_one_sentence(url):
     with pytest.raises((ValueError, OSError), match=r"URL|fetch"):
         media.download(url, timeout=0.5)

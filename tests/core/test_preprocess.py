@@ -1,4 +1,4 @@
-"""preprocess.py beside transformers' Pillow image processor, golden hashes, and plain loops."""
+"""preprocess.py: equal to transformers' Pillow image processor, golden hashes and plain loops."""
 
 import json
 import math
@@ -124,21 +124,21 @@ def test_smart_resize_nothing(size):
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pixel_values_equal_reference(name):
+def test_preprocess_images_equals_reference(name):
     assert_equals_reference([PICTURES[name]], **BOUNDS)
 
 
 @pytest.mark.parametrize("name", GOLDEN_RECORDS)
-def test_pixel_values_equal_golden(name):
+def test_preprocess_images_equals_golden(name):
     found = summary(*preprocess_images([PICTURES.get(name, ROTATED)], ImageConfig(**BOUNDS)))
     assert found == GOLDEN_RECORDS[name]
 
 
-def test_golden_holds_every_picture():
+def test_make_golden_preprocess_records_every_image():
     assert set(GOLDEN_RECORDS) == {*PICTURES, ROTATED.name}
 
 
-def test_large_picture_equals_reference():
+def test_preprocess_images_equals_reference_for_large_images():
     assert_equals_reference([Image.fromarray(draw_pixels(1500, 2100))])
     assert_equals_reference([Image.fromarray(draw_pixels(700, 900))], max_pixels=12845056)
 
@@ -150,13 +150,13 @@ def test_large_picture_equals_reference():
     mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"]),
     bounds=st.tuples(st.integers(1, 40_000), st.integers(1, 80_000)).map(sorted),
 )
-def test_any_picture_equals_reference(height, width, mode, bounds):
+def test_preprocess_images_equals_reference_for_any_image(height, width, mode, bounds):
     if max(height, width) <= 200 * min(height, width):
         image = Image.fromarray(draw_pixels(height, width, 4), "RGBA").convert(mode)
         assert_equals_reference([image], min_pixels=bounds[0], max_pixels=bounds[1])
 
 
-def test_every_level_equals_reference():
+def test_preprocess_images_equals_reference_for_every_level():
     ramp = (
         np.arange(256, dtype=np.uint8).reshape(16, 16).repeat(14, 0).repeat(14, 1)
     )  # 224×224, no resize
@@ -169,7 +169,9 @@ def test_every_level_equals_reference():
 @pytest.mark.parametrize("do_resize", [True, False])
 @pytest.mark.parametrize("do_rescale", [True, False])
 @pytest.mark.parametrize("do_normalize", [True, False])
-def test_steps_switched_off_equal_reference(do_resize, do_rescale, do_normalize):
+def test_preprocess_images_equals_reference_with_steps_switched_off(
+    do_resize, do_rescale, do_normalize
+):
     flags = {"do_resize": do_resize, "do_rescale": do_rescale, "do_normalize": do_normalize}
     assert_equals_reference([Image.fromarray(draw_pixels(84, 56))], do_convert_rgb=False, **flags)
 
@@ -186,13 +188,13 @@ def test_steps_switched_off_equal_reference(do_resize, do_rescale, do_normalize)
         {"min_pixels": 90_000, "max_pixels": 120_000},
     ],
 )
-def test_other_settings_equal_reference(fields):
+def test_preprocess_images_equals_reference_with_other_settings(fields):
     assert_equals_reference(
         [Image.fromarray(draw_pixels(83, 120)), Image.fromarray(draw_pixels(300, 200))], **fields
     )
 
 
-def test_several_pictures_lie_one_after_the_other():
+def test_preprocess_images_concatenates_several_images():
     images = [PICTURES["RGB"], PICTURES["P"], PICTURES["517×333"]]
     assert_equals_reference(images, **BOUNDS)
     pixel_values, grids = preprocess_images(images, ImageConfig(**BOUNDS))
@@ -201,13 +203,13 @@ def test_several_pictures_lie_one_after_the_other():
     assert_same_bits(pixel_values, np.concatenate(alone))
 
 
-def test_result_is_writable_and_contiguous():
+def test_preprocess_images_returns_a_writable_contiguous_array():
     pixel_values, _ = preprocess_images([PICTURES["RGB"]], ImageConfig())
     assert pixel_values.flags.c_contiguous
     assert pixel_values.flags.writeable  # torch.from_numpy warns about anything else
 
 
-def test_switched_off_steps_need_a_fitting_picture():
+def test_preprocess_images_without_steps_refuses_an_unsuitable_image():
     with pytest.raises(
         ValueError, match=r"do_resize is off, but 61×83 \(height × width\) is no multiple of 28"
     ):
@@ -216,16 +218,16 @@ def test_switched_off_steps_need_a_fitting_picture():
         preprocess_images([PICTURES["CMYK"]], ImageConfig(do_convert_rgb=False))
 
 
-def test_no_picture():
+def test_preprocess_images_refuses_an_empty_list():
     with pytest.raises(ValueError, match="the list is empty"):
         preprocess_images([], ImageConfig())
 
 
-# --- the order of patches, and clips ---
+# --- the order of patches, and videos ---
 
 
 def patches_by_loops(frames, tp, p, m):
-    """The definition, value by value: which pixel stands where in [patches, 3*tp*p*p]."""
+    """The definition, value by value: which pixel is located where in [patches, 3*tp*p*p]."""
     gt, gh, gw = len(frames) // tp, frames.shape[1] // p, frames.shape[2] // p
     rows = []
     for t in range(gt):
@@ -250,7 +252,7 @@ def patches_by_loops(frames, tp, p, m):
 @pytest.mark.parametrize(
     ("frames", "gh", "gw", "tp", "p", "m"), [(4, 4, 6, 2, 3, 2), (3, 3, 6, 1, 2, 3)]
 )
-def test_patch_order(frames, gh, gw, tp, p, m):
+def test_patchify_orders_patches_by_blocks(frames, gh, gw, tp, p, m):
     numbered = np.arange(frames * gh * p * gw * p * 3).reshape(frames, gh * p, gw * p, 3)
     config = ImageConfig(patch_size=p, temporal_patch_size=tp, merge_size=m)
     patches, grid = patchify(numbered, config)
@@ -260,11 +262,11 @@ def test_patch_order(frames, gh, gw, tp, p, m):
 
 
 def raw_config(**fields):
-    """Patches that still hold the levels 0…255, from pictures that already fit."""
+    """Patches that still hold the levels 0…255, from images that already fit."""
     return ImageConfig(do_resize=False, do_rescale=False, do_normalize=False, **fields)
 
 
-def test_clip_patches_hold_two_frames_each():
+def test_preprocess_videos_puts_two_frames_in_each_patch():
     clip = draw_pixels(6 * 28, 56).reshape(6, 28, 56, 3)
     values, grids = preprocess_videos([clip], raw_config())
     assert values.dtype == np.float32
@@ -272,7 +274,7 @@ def test_clip_patches_hold_two_frames_each():
     assert np.array_equal(values, patches_by_loops(clip, 2, 14, 2)[0])
 
 
-def test_odd_clip_shows_its_last_frame_twice():
+def test_preprocess_videos_repeats_the_last_of_an_odd_number_of_frames():
     clip = draw_pixels(5 * 28, 28).reshape(5, 28, 28, 3)
     values, grids = preprocess_videos([clip], raw_config())
     full, _ = preprocess_videos([np.concatenate([clip, clip[-1:]])], raw_config())
@@ -280,7 +282,7 @@ def test_odd_clip_shows_its_last_frame_twice():
     assert_same_bits(values, full)
 
 
-def test_picture_is_a_clip_of_two_equal_frames():
+def test_preprocess_images_equals_a_video_of_two_equal_frames():
     picture = PICTURES["517×333"]
     as_picture, grid = preprocess_images([picture], ImageConfig())
     as_clip, clip_grid = preprocess_videos([[picture, picture]], ImageConfig())
@@ -288,8 +290,8 @@ def test_picture_is_a_clip_of_two_equal_frames():
     assert grid.tolist() == clip_grid.tolist()
 
 
-def test_clip_frames_equal_pictures():
-    """A clip's frames have the pixels of the pictures alone, which the reference vouches for."""
+def test_preprocess_videos_treats_frames_as_images():
+    """The frames of a video have the pixels of the images alone, which equal the reference's."""
     frames = [Image.fromarray(draw_pixels(90 + 0 * n, 120)).rotate(n) for n in range(4)]
     values, grids = preprocess_videos([frames], ImageConfig())
     cubes = values.reshape(*grids[0][:1], -1, 3, 2, 14, 14)  # [gt, gh*gw, C, tp, p, p]
@@ -298,7 +300,7 @@ def test_clip_frames_equal_pictures():
         assert np.array_equal(cubes[n // 2, :, :, n % 2], alone[:, :, 0])
 
 
-def test_clip_errors():
+def test_preprocess_videos_refuses_unequal_or_missing_frames():
     with pytest.raises(
         ValueError, match=r"frames of one size, but these have \[\(56, 56\), \(84, 56\)\]"
     ):
@@ -313,7 +315,7 @@ def test_clip_errors():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_rotated_jpeg_equals_reference(tmp_path, orientation):
+def test_load_image_rotates_jpeg_as_the_reference_does(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(draw_pixels(90, 140)).save(tmp_path / "x.jpg", exif=exif)
@@ -321,7 +323,7 @@ def test_rotated_jpeg_equals_reference(tmp_path, orientation):
     assert_equals_reference([str(tmp_path / "x.jpg")])
 
 
-def test_pillow_image_is_taken_as_it_is():
+def test_load_image_returns_a_pillow_image_unchanged():
     stored = Image.open(ROTATED)
     assert load_image(stored) is stored
     assert stored.size == (60, 40)
@@ -332,7 +334,7 @@ def test_pillow_image_is_taken_as_it_is():
 @pytest.mark.parametrize(
     "name", ["RGBA", "LA", "P, alpha per colour", "RGB, one colour transparent"]
 )
-def test_transparent_file_is_white_behind(tmp_path, name):
+def test_preprocess_images_makes_a_transparent_file_white(tmp_path, name):
     """A file and its opened image give the same pixels.
 
     The reference's own loader drops the alpha of a file.
@@ -345,12 +347,12 @@ def test_transparent_file_is_white_behind(tmp_path, name):
         )
 
 
-def test_invisible_picture_is_white():
+def test_preprocess_images_makes_an_invisible_image_white():
     values, _ = preprocess_images([Image.new("RGBA", (56, 56), (0, 0, 0, 0))], raw_config())
     assert np.array_equal(values, np.full((16, 1176), 255, dtype=np.float32))
 
 
-def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+def test_load_image_gives_the_same_image_from_every_source(tmp_path):
     array = draw_pixels(30, 40)
     path = tmp_path / "a picture 100%25 (ü).png"
     Image.fromarray(array).save(path)
@@ -362,19 +364,19 @@ def test_every_kind_of_source_gives_the_same_picture(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif"])
-def test_file_is_closed_after_reading(tmp_path, suffix):
+def test_load_image_closes_the_file(tmp_path, suffix):
     Image.fromarray(draw_pixels(30, 40)).save(tmp_path / f"x.{suffix}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter(
             "always", ResourceWarning
-        )  # what Python says about a file that nobody closed
+        )  # the warning about a file that nobody closed
         image = load_image(tmp_path / f"x.{suffix}")
     (tmp_path / f"x.{suffix}").unlink()
     assert np.asarray(image.convert("RGB")).shape == (30, 40, 3)
     assert not caught
 
 
-def test_missing_picture(tmp_path):
+def test_load_image_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no image at .*nothing\.png"):
         load_image(tmp_path / "nothing.png")
     with pytest.raises(FileNotFoundError, match=r"there is no image at .*nothing\.png"):
@@ -382,7 +384,7 @@ def test_missing_picture(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut off png", "cut off jpg", "folder", "bomb"])
-def test_unreadable_picture(tmp_path, kind):
+def test_load_image_refuses_an_unreadable_file_in_one_sentence(tmp_path, kind):
     path = tmp_path / "x.png"
     if kind == "folder":
         path.mkdir()
@@ -410,7 +412,7 @@ def test_unreadable_picture(tmp_path, kind):
         (7, "expected a path, a URL, bytes or an open file, got int"),
     ],
 )
-def test_source_of_the_wrong_kind(source, said):
+def test_load_image_refuses_a_source_of_the_wrong_kind(source, said):
     with pytest.raises(ValueError, match=said) as error:
         load_image(source)
     assert len(str(error.value)) < 400
@@ -424,7 +426,7 @@ def write_settings(folder, fields, name="preprocessor_config.json"):
     return folder
 
 
-def test_published_settings(tmp_path):
+def test_image_config_reads_published_settings(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         config = ImageConfig.from_pretrained(write_settings(tmp_path, PUBLISHED))
@@ -432,7 +434,7 @@ def test_published_settings(tmp_path):
     assert list(config.image_mean) == PUBLISHED["image_mean"]
 
 
-def test_defaults_equal_reference():
+def test_image_config_defaults_equal_reference():
     reference, ours = Qwen2VLImageProcessorPil(), ImageConfig()
     assert reference.size == {"shortest_edge": ours.min_pixels, "longest_edge": ours.max_pixels}
     for field in set(vars(ours)) - {"min_pixels", "max_pixels", "image_mean", "image_std"}:
@@ -462,12 +464,12 @@ def test_defaults_equal_reference():
         ({}, (3136, 1003520)),
     ],
 )
-def test_spellings_of_the_bounds(tmp_path, fields, bounds):
+def test_image_config_accepts_each_spelling_of_the_bounds(tmp_path, fields, bounds):
     config = ImageConfig.from_pretrained(write_settings(tmp_path, fields))
     assert (config.min_pixels, config.max_pixels) == bounds
 
 
-def test_settings_saved_by_the_reference(tmp_path):
+def test_image_config_reads_settings_saved_by_the_reference(tmp_path):
     fields = {
         "min_pixels": 4000,
         "max_pixels": 90000,
@@ -484,7 +486,7 @@ def test_settings_saved_by_the_reference(tmp_path):
     }
 
 
-def test_settings_nested_in_processor_config(tmp_path):
+def test_image_config_reads_settings_nested_in_processor_config(tmp_path):
     write_settings(tmp_path, {"image_processor": {"merge_size": 1}}, "processor_config.json")
     assert ImageConfig.from_pretrained(tmp_path).merge_size == 1
     write_settings(tmp_path, PUBLISHED)  # where both are there, transformers reads the nested one
@@ -493,19 +495,19 @@ def test_settings_nested_in_processor_config(tmp_path):
     assert ImageConfig.from_pretrained(tmp_path).merge_size == 2
 
 
-def test_unknown_field_is_named(tmp_path):
+def test_image_config_names_an_unknown_field(tmp_path):
     write_settings(tmp_path, PUBLISHED | {"do_sharpen": True, "crop_size": None, "do_pad": False})
     with pytest.warns(UserWarning, match="unknown field: do_sharpen") as caught:
         ImageConfig.from_pretrained(tmp_path)
     assert len(caught) == 1
 
 
-def test_missing_settings(tmp_path):
+def test_image_config_names_missing_settings(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no preprocessor_config.json in {tmp_path}"):
         ImageConfig.from_pretrained(tmp_path)
 
 
-def test_bounds_the_wrong_way_round():
+def test_image_config_refuses_min_pixels_above_max_pixels():
     with pytest.raises(ValueError, match="min_pixels 3136 is more than max_pixels 784"):
         ImageConfig(max_pixels=784)
 
@@ -547,7 +549,7 @@ def conversations():
     ]
 
 
-def test_batch_of_one_picture(processor):
+def test_processor_returns_a_batch_of_one_image(processor):
     batch = processor(ask(image("517×333")))
     pixel_values, grid = preprocess_images([PICTURES["517×333"]], ImageConfig(max_pixels=12845056))
     assert_same_bits(batch.pixel_values, pixel_values)
@@ -566,7 +568,7 @@ def test_batch_of_one_picture(processor):
     assert batch.video_grid_thw is None
 
 
-def test_batch_of_text_only(processor):
+def test_processor_returns_a_batch_of_text_only(processor):
     batch = processor([{"role": "user", "content": "who are you?"}])
     prompt = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -582,7 +584,7 @@ def test_batch_of_text_only(processor):
     assert vision == (None,) * 4
 
 
-def test_batch_ids_equal_reference_tokenizer(processor, folder):
+def test_processor_ids_equal_reference_tokenizer(processor, folder):
     """The reference repeats the placeholders in the text, tokenizes all texts, pads on the left."""
     reference = Qwen2Tokenizer.from_pretrained(folder)
     batch = processor(conversations())
@@ -598,7 +600,7 @@ def test_batch_ids_equal_reference_tokenizer(processor, folder):
     assert np.array_equal(batch.attention_mask, expected["attention_mask"])
 
 
-def test_each_row_equals_the_row_alone(processor):
+def test_processor_gives_each_sequence_as_alone(processor):
     together = processor(conversations())
     rows = [processor(messages) for messages in conversations()]
     longest = together.input_ids.shape[1]
@@ -608,7 +610,7 @@ def test_each_row_equals_the_row_alone(processor):
         assert together.input_ids[n].tolist() == [151643] * missing + row.input_ids[0].tolist()
     assert {longest - row.input_ids.shape[1] for row in rows} > {
         0
-    }  # some row was padded, and one was not
+    }  # some sequence was padded, and one was not
     assert_same_bits(
         together.pixel_values, np.concatenate([rows[0].pixel_values, rows[2].pixel_values])
     )
@@ -621,13 +623,13 @@ def test_each_row_equals_the_row_alone(processor):
     ]  # frames are enlarged to at least 128 tokens each
 
 
-def test_a_list_with_one_conversation_is_that_conversation(processor):
+def test_processor_accepts_a_list_with_one_conversation(processor):
     one, listed = processor(ask(image("RGB"))), processor([ask(image("RGB"))])
     assert_same_bits(one.input_ids, listed.input_ids)
     assert_same_bits(one.pixel_values, listed.pixel_values)
 
 
-def test_options_of_the_prompt(processor):
+def test_processor_accepts_options_of_the_prompt(processor):
     decoded = processor.tokenizer.decode
     batch = processor(ask(image("28×28")), add_generation_prompt=False, add_vision_id=True)
     text = decoded(batch.input_ids[0], skip_special_tokens=False)
@@ -638,7 +640,7 @@ def test_options_of_the_prompt(processor):
     )
 
 
-def test_ways_to_name_a_picture(processor, tmp_path):
+def test_processor_accepts_each_key_of_an_image(processor, tmp_path):
     path = tmp_path / "x.png"
     PICTURES["RGB"].save(path)
     expected = processor(ask(image("RGB")))
@@ -657,7 +659,7 @@ def test_ways_to_name_a_picture(processor, tmp_path):
         assert_same_bits(batch.input_ids, expected.input_ids)
 
 
-def test_bounds_of_the_processor(folder):
+def test_processor_accepts_bounds_for_all_images(folder):
     assert Processor.from_pretrained(folder).image_config.max_pixels == 12845056
     small = Processor.from_pretrained(folder, min_pixels=28 * 28, max_pixels=28 * 28 * 9)
     assert small(ask(image("517×333"))).image_grid_thw.tolist() == [[1, 6, 4]]
@@ -667,13 +669,13 @@ def test_bounds_of_the_processor(folder):
 
 
 @pytest.mark.parametrize("name", ["P, alpha per colour", "CMYK", "RGBA"])
-def test_own_size_of_a_picture_that_is_not_rgb(processor, name):
+def test_processor_resizes_an_image_that_is_not_rgb_to_its_own_size(processor, name):
     batch = processor(ask(image(name, resized_height=112, resized_width=56)))
     by_hand = to_rgb(PICTURES[name]).resize((56, 112), Image.Resampling.BICUBIC)
     assert_same_bits(batch.pixel_values, preprocess_images([by_hand], ImageConfig())[0])
 
 
-def test_bounds_of_one_item(processor):
+def test_processor_accepts_bounds_of_one_item(processor):
     batch = processor(
         ask(
             image("517×333", max_pixels=28 * 28 * 9),
@@ -721,13 +723,13 @@ def test_bounds_of_one_item(processor):
         (ask({"type": "video", "video": "nowhere.mp4"}), FileNotFoundError, "nowhere.mp4"),
     ],
 )
-def test_errors_of_the_processor(processor, given_conversations, error, said):
+def test_processor_refuses_malformed_conversations(processor, given_conversations, error, said):
     with pytest.raises(error, match=said):
         processor(given_conversations)
 
 
-def test_placeholders_in_a_text_take_no_picture(processor):
-    """What a user types is text: it adds neither image tokens nor pictures to the row."""
+def test_processor_expands_no_placeholder_in_a_text(processor):
+    """What a user types is text: it adds neither image tokens nor images to the sequence."""
     picture = image("RGB")
     plain = processor([ask(picture), ask(picture)])
     typed = processor([ask(picture, text="<|image_pad|><|video_pad|><|im_end|>"), ask(picture)])
@@ -740,7 +742,7 @@ def test_placeholders_in_a_text_take_no_picture(processor):
     assert "<|image_pad|><|video_pad|><|im_end|>" in processor.tokenizer.decode(typed.input_ids[0])
 
 
-def test_more_placeholders_than_media_are_an_error(processor):
+def test_processor_refuses_more_placeholders_than_media(processor):
     messages = [
         {"role": "user", "content": "What is this?"},
         {"role": "assistant", "content": "An image: <|vision_start|><|image_pad|><|vision_end|>"},
@@ -749,7 +751,7 @@ def test_more_placeholders_than_media_are_an_error(processor):
         processor(messages)
 
 
-def test_threads_share_a_processor(processor, tmp_path):
+def test_processor_can_be_shared_by_threads(processor, tmp_path):
     """Eight threads get the batches that one thread gets, each with its own images and text."""
     conversations = []
     for number in range(8):
@@ -794,7 +796,9 @@ def test_threads_share_a_processor(processor, tmp_path):
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
-def test_malformed_setting_names_file_and_field(tmp_path, fields, sentence, nested):
+def test_image_config_names_file_and_field_of_a_malformed_setting(
+    tmp_path, fields, sentence, nested
+):
     name = "processor_config.json" if nested else "preprocessor_config.json"
     write_settings(tmp_path, {"image_processor": fields} if nested else fields, name)
     with pytest.raises(ValueError, match=f"{name}: {sentence}") as caught:
@@ -802,13 +806,13 @@ def test_malformed_setting_names_file_and_field(tmp_path, fields, sentence, nest
     assert "\n" not in str(caught.value)
 
 
-def test_whole_floats_count_as_integers(tmp_path):
+def test_image_config_converts_floats_that_are_integers(tmp_path):
     config = ImageConfig.from_pretrained(write_settings(tmp_path, {"min_pixels": 3200.0}))
     assert config.min_pixels == 3200
     assert isinstance(config.min_pixels, int)
 
 
-def test_video_settings_change_nothing(tmp_path):
+def test_image_config_ignores_video_settings(tmp_path):
     write_settings(tmp_path, PUBLISHED)
     expected = ImageConfig.from_pretrained(tmp_path)
     write_settings(tmp_path, {"merge_size": 1}, "video_preprocessor_config.json")
@@ -825,7 +829,7 @@ def test_video_settings_change_nothing(tmp_path):
         {"resized_height": -28, "resized_width": 56},
     ],
 )
-def test_malformed_option_of_an_item_is_one_sentence(processor, options):
+def test_processor_refuses_a_malformed_option_of_an_item(processor, options):
     with pytest.raises(ValueError, match=r"(pixels|resized_height) is .*, expected an integer"):
         processor(ask(image("RGB", **options)))
 
@@ -843,13 +847,13 @@ def weights_alone(tmp_path):
     return tmp_path
 
 
-def test_processor_option_serves_a_checkpoint_without(weights_alone, capsys):
+def test_main_takes_a_missing_processor_from_its_option(weights_alone, capsys):
     options = ["--model", str(weights_alone), "--processor", str(BUNDLED_CHECKPOINT)]
     assert command.main([*QUESTION, *options]) == 0
     assert capsys.readouterr().out == "Four.\n"
 
 
-def test_missing_processor_names_the_option(weights_alone, capsys):
+def test_main_names_the_option_for_a_missing_processor(weights_alone, capsys):
     assert command.main([*QUESTION, "--model", str(weights_alone)]) == 2
     error = capsys.readouterr().err
     assert "there is no tokenizer.json in" in error
@@ -863,14 +867,14 @@ def test_missing_processor_names_the_option(weights_alone, capsys):
     assert error.count("\n") == 1
 
 
-def test_processor_of_another_vocabulary_is_an_error(folder, capsys):
+def test_main_refuses_a_processor_of_another_vocabulary(folder, capsys):
     assert command.main([*QUESTION, "--processor", str(folder)]) == 2
     error = capsys.readouterr().err
     assert "the id of <|image_pad|> is 151655 in the processor, but" in error
     assert error.count("\n") == 1
 
 
-def test_processor_of_other_patches_is_an_error(tmp_path, capsys):
+def test_main_refuses_a_processor_of_other_patches(tmp_path, capsys):
     folder = shutil.copytree(BUNDLED_CHECKPOINT, tmp_path / "folder")
     (folder / "processor_config.json").unlink(missing_ok=True)
     write_settings(folder, {"merge_size": 1})
@@ -879,7 +883,7 @@ def test_processor_of_other_patches_is_an_error(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bound", [2**29, 10**13, 2**31 - 1])
-def test_sizes_beyond_any_memory_are_one_sentence(processor, bound):
+def test_processor_refuses_sizes_beyond_any_memory(processor, bound):
     """Found before anything of that size is made."""
     image = Image.new("RGB", (200, 136))
     bounds = {"min_pixels": bound, "max_pixels": bound}

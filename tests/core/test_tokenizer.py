@@ -1,4 +1,4 @@
-"""tokenizer.py beside transformers, tiktoken and golden ids, on the real Qwen2 vocabulary."""
+"""tokenizer.py: equal to transformers, tiktoken and golden ids, on the real Qwen2 vocabulary."""
 
 import copy
 import json
@@ -87,7 +87,7 @@ def streamed(tokenizer, ids, skip_special_tokens=True):
 # --- the vocabulary that the tests build ---
 
 
-def test_built_vocabulary_is_the_published_one(qwen, qwen_tokenizer_folder):
+def test_tokenizer_has_the_published_vocabulary(qwen, qwen_tokenizer_folder):
     description = json.loads((qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert len(description["model"]["vocab"]) == 151_643
     assert len(description["model"]["merges"]) == 151_387
@@ -101,7 +101,7 @@ def test_built_vocabulary_is_the_published_one(qwen, qwen_tokenizer_folder):
     assert {name: qwen.token_id(name) for name in published} == published
 
 
-def test_merges_rebuild_every_token(qwen):
+def test_tokenizer_rebuilds_every_token_by_its_merges(qwen):
     for spelled, id in qwen.backend.get_vocab(with_added_tokens=False).items():
         assert [token.id for token in qwen.backend.model.tokenize(spelled)] == [id]
 
@@ -110,7 +110,7 @@ def test_merges_rebuild_every_token(qwen):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_equal_reference(qwen, reference, by_rank, name):
+def test_encode_equals_reference(qwen, reference, by_rank, name):
     text = TEXTS[name]
     ids = qwen.encode(text)
     assert ids == reference(text)["input_ids"]
@@ -119,7 +119,7 @@ def test_ids_equal_reference(qwen, reference, by_rank, name):
 
 
 @pytest.mark.parametrize("name", [*TEXTS, *IDS])
-def test_decoded_text_equals_reference(qwen, reference, name):
+def test_decode_equals_reference(qwen, reference, name):
     ids = IDS.get(name) or GOLDEN["ids"][name]
     without_special, with_special = GOLDEN["text"][name]
     for skip, golden in ((True, without_special), (False, with_special)):
@@ -131,7 +131,7 @@ def test_decoded_text_equals_reference(qwen, reference, name):
 
 @settings(max_examples=500)
 @given(text=texts_of_any_kind)
-def test_any_text_equals_reference(qwen, reference, text):
+def test_encode_equals_reference_for_any_text(qwen, reference, text):
     ids = qwen.encode(text)
     assert ids == reference(text)["input_ids"]
     assert qwen.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
@@ -139,7 +139,7 @@ def test_any_text_equals_reference(qwen, reference, text):
 
 @settings(max_examples=500)
 @given(ids=ids_of_any_kind)
-def test_any_ids_decode_as_reference(qwen, reference, by_rank, ids):
+def test_decode_equals_reference_for_any_ids(qwen, reference, by_rank, ids):
     for skip in (True, False):
         assert qwen.decode(ids, skip_special_tokens=skip) == reference.decode(
             ids, skip_special_tokens=skip
@@ -148,13 +148,13 @@ def test_any_ids_decode_as_reference(qwen, reference, by_rank, ids):
     assert qwen.decode(ids, skip_special_tokens=False) == by_rank.decode(known, errors="replace")
 
 
-def test_no_token_is_put_in_front_or_behind(qwen):
+def test_encode_adds_no_token(qwen):
     assert qwen.encode("") == []
     assert qwen.decode([]) == ""
     assert qwen.encode("a") == [64]
 
 
-def test_saved_truncation_and_padding_are_ignored(qwen_tokenizer_folder, tmp_path):
+def test_tokenizer_ignores_saved_truncation_and_padding(qwen_tokenizer_folder, tmp_path):
     description = json.loads((qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["truncation"] = {
         "direction": "Right",
@@ -180,7 +180,7 @@ def test_saved_truncation_and_padding_are_ignored(qwen_tokenizer_folder, tmp_pat
     ]
 
 
-def test_folder_saved_by_the_reference(reference, tmp_path):
+def test_tokenizer_loads_files_saved_by_the_reference(reference, tmp_path):
     reference.save_pretrained(tmp_path)
     saved = Tokenizer.from_pretrained(tmp_path)
     assert (saved.pad_token_id, saved.eos_token_id) == (151643, 151645)
@@ -192,25 +192,25 @@ def test_folder_saved_by_the_reference(reference, tmp_path):
 
 @pytest.mark.parametrize("name", [*TEXTS, *IDS])
 @pytest.mark.parametrize("skip", [True, False])
-def test_stream_joins_to_the_decoded_text(qwen, name, skip):
+def test_stream_decoder_joins_to_the_decoded_text(qwen, name, skip):
     ids = IDS.get(name) or GOLDEN["ids"][name]
     assert "".join(streamed(qwen, ids, skip)) == qwen.decode(ids, skip_special_tokens=skip)
 
 
 @settings(max_examples=500)
 @given(ids=ids_of_any_kind, skip=st.booleans())
-def test_any_stream_joins_to_the_decoded_text(qwen, ids, skip):
+def test_stream_decoder_joins_to_the_decoded_text_of_any_ids(qwen, ids, skip):
     assert "".join(streamed(qwen, ids, skip)) == qwen.decode(ids, skip_special_tokens=skip)
 
 
-def test_stream_gives_a_character_when_it_is_whole_and_not_before(qwen):
+def test_stream_decoder_emits_only_complete_characters(qwen):
     assert streamed(qwen, [172, 253, 246, 222, 419]) == ["", "", "", "😀", " this", ""]
     assert streamed(qwen, [9284, 151645, 246, 222]) == ["", "", "", "😀", ""]
     assert streamed(qwen, [9284, 419]) == ["", "\ufffd this", ""]
     assert streamed(qwen, [419, 9284]) == [" this", "", "\ufffd"]
 
 
-def test_stream_does_not_wait_for_bytes_that_cannot_come(qwen):
+def test_stream_decoder_does_not_wait_for_bytes_that_cannot_come(qwen):
     assert streamed(qwen, [222, 222, 222]) == ["\ufffd"] * 3 + [""]  # 0x80 starts no character
     whole = qwen.encode("\ufffd")
     assert (
@@ -218,7 +218,7 @@ def test_stream_does_not_wait_for_bytes_that_cannot_come(qwen):
     )  # U+FFFD itself is a character like any other
 
 
-def test_stream_splits_no_character_of_real_text(qwen):
+def test_stream_decoder_splits_no_character_of_real_text(qwen):
     for text in TEXTS.values():
         text = unicodedata.normalize("NFC", text)
         if "\ufffd" not in text:
@@ -227,13 +227,13 @@ def test_stream_splits_no_character_of_real_text(qwen):
             assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_stream_emits_special_tokens_on_request(qwen):
+def test_stream_decoder_emits_special_tokens_on_request(qwen):
     ids = qwen.encode("a<|im_end|>")
     assert streamed(qwen, ids) == ["a", "", ""]
     assert streamed(qwen, ids, skip_special_tokens=False) == ["a", "<|im_end|>", ""]
 
 
-def test_stream_decodes_added_tokens_that_are_not_special(qwen_tokenizer_folder):
+def test_stream_decoder_decodes_added_tokens_that_are_not_special(qwen_tokenizer_folder):
     backend = Tokenizer.from_pretrained(qwen_tokenizer_folder).backend
     backend.add_tokens(
         ["<à la carte>", "図"]
@@ -251,7 +251,7 @@ def test_stream_decodes_added_tokens_that_are_not_special(qwen_tokenizer_folder)
     )
 
 
-def test_byte_alphabet_spells_each_byte_once():
+def test_byte_of_maps_to_each_byte_once():
     assert sorted(BYTE_OF.values()) == list(range(256))
     assert (BYTE_OF["Ġ"], BYTE_OF["Ċ"], BYTE_OF["A"], BYTE_OF["ð"]) == (0x20, 0x0A, 0x41, 0xF0)
 
@@ -341,14 +341,14 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_prompt(qwen, name):
+def test_apply_chat_template_returns_the_published_prompt(qwen, name):
     messages, expected = PROMPTS[name]
     assert qwen.apply_chat_template(messages) == expected
     without = expected.removesuffix(ASSISTANT)
     assert qwen.apply_chat_template(messages, add_generation_prompt=False) == without
 
 
-def test_vision_ids_count_over_the_whole_conversation(qwen):
+def test_apply_chat_template_counts_vision_ids_over_all_messages(qwen):
     messages = [
         user({"type": "image"}, {"type": "text", "text": "Hello."}),
         {"role": "assistant", "content": "Hi."},
@@ -371,7 +371,7 @@ def test_vision_ids_count_over_the_whole_conversation(qwen):
     assert qwen.apply_chat_template(messages) == numbered + ASSISTANT
 
 
-def test_prompt_ids_contain_each_special_token_once(qwen):
+def test_encode_gives_each_special_token_of_a_prompt_one_id(qwen):
     ids = qwen.encode(qwen.apply_chat_template(PROMPTS["image and text"][0]))
     special = [id for id in ids if id >= 151643]
     assert special == [151644, 151645, 151644, 151652, 151655, 151653, 151645, 151644]
@@ -408,23 +408,23 @@ def test_prompt_ids_contain_each_special_token_once(qwen):
         ([user({"type": "imagee"})], "neither image, video nor text"),
     ],
 )
-def test_malformed_message(qwen, messages, said):
+def test_apply_chat_template_refuses_a_malformed_message(qwen, messages, said):
     with pytest.raises(ValueError, match=said):
         qwen.apply_chat_template(messages)
 
 
-def test_error_does_not_print_a_whole_picture():
+def test_content_kind_shortens_the_item_in_its_error():
     with pytest.raises(ValueError, match="neither") as error:
         content_kind({"data": "x" * 10_000})
     assert len(str(error.value)) < 200
 
 
-def test_lone_surrogate(qwen):
+def test_encode_refuses_a_lone_surrogate(qwen):
     with pytest.raises(ValueError, match="not a valid Unicode string"):
         qwen.encode("a\udc80b")
 
 
-def test_folder_without_a_vocabulary_is_one_sentence(qwen_tokenizer_folder, tmp_path):
+def test_tokenizer_without_a_vocabulary_is_one_sentence(qwen_tokenizer_folder, tmp_path):
     shutil.copy(qwen_tokenizer_folder / "tokenizer_config.json", tmp_path)
     (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json in .*merges\.txt"):
@@ -445,14 +445,14 @@ WORDS = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "
         (WORDS % "null", "is not byte-level"),
     ],
 )
-def test_unusable_tokenizer_file(tmp_path, content, said):
+def test_tokenizer_refuses_an_unusable_file(tmp_path, content, said):
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=said):
         Tokenizer.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("lacking", ["<|image_pad|>", "<|im_end|>", "<|video_pad|>"])
-def test_contradicting_special_token_is_one_sentence(qwen_tokenizer_folder, tmp_path, lacking):
+def test_tokenizer_refuses_a_contradicting_special_token(qwen_tokenizer_folder, tmp_path, lacking):
     text = (qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8")
     (tmp_path / "tokenizer.json").write_text(text.replace(lacking, "<|other|>"), encoding="utf-8")
     shutil.copy(qwen_tokenizer_folder / "tokenizer_config.json", tmp_path)
@@ -468,7 +468,7 @@ def test_contradicting_special_token_is_one_sentence(qwen_tokenizer_folder, tmp_
     add_generation_prompt=st.booleans(),
     add_vision_id=st.booleans(),
 )
-def test_chat_ids_without_special_tokens_in_text_equal_those_of_the_prompt(
+def test_encode_chat_equals_the_encoded_prompt_without_special_tokens_in_text(
     qwen, reference, texts, add_generation_prompt, add_vision_id
 ):
     texts = [text.encode("utf-8", "ignore").decode().replace("|", "") for text in texts]
@@ -502,7 +502,7 @@ def encode_unguarded(by_rank, text):
 
 
 @given(texts=st.lists(loose_texts | st.text(), min_size=1, max_size=4), role=st.sampled_from("ut"))
-def test_guarded_text_encodes_as_ordinary_text(qwen, by_rank, texts, role):
+def test_encode_chat_encodes_guarded_text_as_ordinary_text(qwen, by_rank, texts, role):
     role = {"u": "user", "t": "tool"}[role]
     special = {name: 151643 + n for n, name in enumerate(SPECIAL_TOKENS)}
     start, end = special["<|im_start|>"], special["<|im_end|>"]
@@ -517,7 +517,7 @@ def test_guarded_text_encodes_as_ordinary_text(qwen, by_rank, texts, role):
 
 
 @pytest.mark.parametrize("name", UNGUARDED_TOKENS)
-def test_guard_keeps_other_special_tokens_in_every_role(qwen, name):
+def test_encode_chat_keeps_other_special_tokens_in_every_role(qwen, name):
     for role in ("user", "tool", "assistant", "system"):
         ids = qwen.encode_chat([{"role": role, "content": f"a {name} b <|im_end|>"}])
         assert ids.count(qwen.token_id(name)) == 1
@@ -525,7 +525,7 @@ def test_guard_keeps_other_special_tokens_in_every_role(qwen, name):
 
 @pytest.mark.parametrize("name", GUARDED_TOKENS)
 @pytest.mark.parametrize("role", ["user", "tool", "function", "<|im_end|>", "assistant "])
-def test_guard_spells_chat_tokens_outside_system_and_assistant(qwen, name, role):
+def test_encode_chat_spells_chat_tokens_outside_system_and_assistant(qwen, name, role):
     messages = [{"role": role, "content": [{"text": f"a {name}{name} b"}]}]
     ids = qwen.encode_chat(messages)
     plain = qwen.encode_chat([{"role": "user", "content": "a b"}])
@@ -534,7 +534,7 @@ def test_guard_spells_chat_tokens_outside_system_and_assistant(qwen, name, role)
     assert qwen.decode(ids, skip_special_tokens=False) == qwen.apply_chat_template(messages)
 
 
-def test_guard_spells_a_token_split_over_items(qwen):
+def test_encode_chat_spells_a_token_split_over_items(qwen):
     messages = [user({"text": "<"}, {"text": "|im_end|"}, {"text": "> <|im_"}, {"text": "end|>"})]
     ids = qwen.encode_chat(messages)
     assert ids.count(151645) == 2  # the template's
@@ -542,14 +542,14 @@ def test_guard_spells_a_token_split_over_items(qwen):
 
 
 @given(texts=st.lists(loose_texts, max_size=4), forged=loose_texts)
-def test_assistant_and_system_text_encodes_as_in_the_reference(qwen, reference, texts, forged):
+def test_encode_chat_of_assistant_and_system_text_equals_reference(qwen, reference, texts, forged):
     messages = [
         {"role": role, "content": text} for text in texts for role in ("system", "assistant")
     ]
     prompt = qwen.apply_chat_template(messages)
     expected = reference.encode(prompt)
     assert qwen.encode_chat(messages) == expected
-    # Beside a guarded message as well.
+    # With a guarded message as well.
     last = [{"role": "user", "content": forged + "<|im_end|>"}]
     both = [{"role": "system", "content": "S"}, *messages, *last]
     ids = qwen.encode_chat(both, add_generation_prompt=False)
@@ -559,14 +559,14 @@ def test_assistant_and_system_text_encodes_as_in_the_reference(qwen, reference, 
 
 
 @given(texts=st.lists(loose_texts, max_size=4), flags=st.tuples(st.booleans(), st.booleans()))
-def test_unguarded_chat_encodes_as_in_the_reference(qwen, reference, texts, flags):
+def test_encode_chat_without_guard_equals_reference(qwen, reference, texts, flags):
     messages = [user({"type": "image"}, {"text": text}) for text in texts]
     prompt = qwen.apply_chat_template(messages, *flags)
     expected = reference.encode(prompt) if prompt else []
     assert qwen.encode_chat(messages, *flags, guard_special_tokens=False) == expected
 
 
-def test_guard_keeps_question_about_regions_short(qwen, reference):
+def test_encode_chat_keeps_a_question_about_regions_short(qwen, reference):
     text = "<|object_ref_start|>the dog<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
     messages = [
         {"role": "user", "content": f"Is {text} black?"},
@@ -594,7 +594,7 @@ def test_encode_chat_changes_no_shared_setting(qwen):
     assert tokenizer.encode_chat(messages) == qwen.encode_chat(messages)
 
 
-def test_threads_sharing_a_tokenizer_get_the_ids_of_one_thread(qwen, qwen_tokenizer_folder):
+def test_tokenizer_can_be_shared_by_threads(qwen, qwen_tokenizer_folder):
     texts = [f"{name} {n} <|im_end|>{'<|box_start|>' * n}" for n, name in enumerate(TEXTS)]
     texts += [TEXTS[name] for name in TEXTS]
 
@@ -639,13 +639,15 @@ def assert_loads_as_in_the_reference(folder):
 
 
 @pytest.mark.parametrize("layout", ["incomplete", "vocab.json"])
-def test_published_vocabulary_loads_as_in_the_reference(qwen_tokenizer_folder, tmp_path, layout):
+def test_tokenizer_loads_the_published_vocabulary_as_the_reference_does(
+    qwen_tokenizer_folder, tmp_path, layout
+):
     folder = write_layout(qwen_tokenizer_folder, tmp_path / "folder", layout)
     assert_loads_as_in_the_reference(folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_each_layout_loads_as_in_the_reference(tmp_path, layout):
+def test_tokenizer_loads_each_layout_as_the_reference_does(tmp_path, layout):
     published = build_small_tokenizer(tmp_path / "published")
     folder = write_layout(published, tmp_path / "folder", layout)
     assert_loads_as_in_the_reference(folder)
@@ -701,7 +703,7 @@ def add_to_decoder(folder, id, entry):
         {"lstrip": True, "rstrip": True, "special": True},
     ],
 )
-def test_token_of_the_config_alone_has_its_flags(editable_folder, flags):
+def test_tokenizer_keeps_the_flags_of_a_token_of_the_config_alone(editable_folder, flags):
     add_to_decoder(editable_folder, NEW_ID, token_entry("<é>", **flags))
     ours = Tokenizer.from_pretrained(editable_folder)
     theirs = Qwen2Tokenizer.from_pretrained(editable_folder)
@@ -712,7 +714,7 @@ def test_token_of_the_config_alone_has_its_flags(editable_folder, flags):
     assert_added_tokens_equal(ours, theirs)
 
 
-def test_flags_of_the_config_override_those_of_tokenizer_json(editable_folder):
+def test_tokenizer_prefers_the_flags_of_its_config(editable_folder):
     def edit(config):
         config["additional_special_tokens"] = []
         config["added_tokens_decoder"][str(BOX_START)] |= {"rstrip": True}
@@ -727,7 +729,7 @@ def test_flags_of_the_config_override_those_of_tokenizer_json(editable_folder):
     assert_added_tokens_equal(ours, theirs)
 
 
-def test_added_token_after_a_gap_keeps_its_id(editable_folder):
+def test_tokenizer_keeps_the_id_of_an_added_token_after_a_gap(editable_folder):
     add_to_decoder(editable_folder, NEW_ID + 43, token_entry("<far>"))
     tokenizer = Tokenizer.from_pretrained(editable_folder)
     assert tokenizer.encode("a<far>") == [97, NEW_ID + 43]
@@ -748,7 +750,7 @@ def test_added_token_after_a_gap_keeps_its_id(editable_folder):
         lambda config: config.pop("additional_special_tokens"),
     ],
 )
-def test_special_token_named_by_the_config_is_added_as_in_the_reference(editable_folder, edit):
+def test_tokenizer_adds_special_tokens_as_the_reference_does(editable_folder, edit):
     edit_json(editable_folder / "tokenizer_config.json", edit)
     ours = Tokenizer.from_pretrained(editable_folder)
     theirs = Qwen2Tokenizer.from_pretrained(editable_folder)
@@ -774,7 +776,7 @@ def test_special_token_named_by_the_config_is_added_as_in_the_reference(editable
         (NEW_ID, token_entry("<new>", lstrip="no"), "expected true or false in lstrip"),
     ],
 )
-def test_contradicting_added_token_is_one_sentence(editable_folder, id, entry, said):
+def test_tokenizer_refuses_a_contradicting_added_token(editable_folder, id, entry, said):
     add_to_decoder(editable_folder, id, entry)
     with pytest.raises(ValueError, match=said) as error:
         Tokenizer.from_pretrained(editable_folder)
@@ -796,7 +798,7 @@ def test_contradicting_added_token_is_one_sentence(editable_folder, id, entry, s
         ("chat_template", [{"name": "rag", "template": "x"}], "one named default"),
     ],
 )
-def test_malformed_config_field_is_one_sentence(editable_folder, field, value, said):
+def test_tokenizer_names_a_malformed_config_field(editable_folder, field, value, said):
     edit_json(
         editable_folder / "tokenizer_config.json", lambda config: config.update({field: value})
     )
@@ -805,7 +807,7 @@ def test_malformed_config_field_is_one_sentence(editable_folder, field, value, s
     assert "tokenizer_config.json" in str(error.value)
 
 
-def test_special_tokens_fall_back_to_end_of_text(editable_folder, caplog):
+def test_tokenizer_special_tokens_fall_back_to_end_of_text(editable_folder, caplog):
     config = editable_folder / "tokenizer_config.json"
     edit_json(config, lambda content: content.update(pad_token=None))
     tokenizer = Tokenizer.from_pretrained(editable_folder)
@@ -823,7 +825,7 @@ def test_special_tokens_fall_back_to_end_of_text(editable_folder, caplog):
 
 
 @pytest.mark.parametrize("pad", ["<|vision_pad|>", {"content": "<|vision_pad|>", "lstrip": False}])
-def test_pad_token_is_read_as_text_or_object(editable_folder, pad):
+def test_tokenizer_reads_the_pad_token_as_text_or_object(editable_folder, pad):
     edit_json(
         editable_folder / "tokenizer_config.json", lambda config: config.update(pad_token=pad)
     )
@@ -866,7 +868,7 @@ def bpe_json(**changes):
                    ).encode(),
     ],
 )  # fmt: skip
-def test_malformed_tokenizer_json_is_one_sentence(tmp_path, content):
+def test_tokenizer_refuses_malformed_tokenizer_json_in_one_sentence(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"tokenizer\.json") as error:
         Tokenizer.from_pretrained(tmp_path)
@@ -876,7 +878,7 @@ def test_malformed_tokenizer_json_is_one_sentence(tmp_path, content):
 
 @pytest.mark.parametrize("content", [b"\xff", b"[]", b"{", b"[" * 200_000, b"null"])
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.json"])
-def test_malformed_json_names_its_file(editable_folder, name, content):
+def test_tokenizer_names_the_file_of_malformed_json(editable_folder, name, content):
     (editable_folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")):
         Tokenizer.from_pretrained(editable_folder)
@@ -887,7 +889,7 @@ def test_malformed_json_names_its_file(editable_folder, name, content):
 @pytest.mark.parametrize(
     ("vocab", "merges"), [("{", ""), ("[]", ""), ('{"a": 0}', "a b\n"), ('{"a": "x"}', "")]
 )
-def test_malformed_vocab_json_is_one_sentence(tmp_path, vocab, merges):
+def test_tokenizer_refuses_malformed_vocab_json(tmp_path, vocab, merges):
     (tmp_path / "vocab.json").write_text(vocab, encoding="utf-8")
     (tmp_path / "merges.txt").write_text(merges, encoding="utf-8")
     with pytest.raises(ValueError, match=r"vocab\.json"):
@@ -1020,7 +1022,9 @@ def conversations(texts):
 
 @settings(max_examples=50)
 @given(messages=conversations(loose_texts), flags=st.tuples(st.booleans(), st.booleans()))
-def test_own_template_renders_as_in_the_reference(with_template, messages, flags):
+def test_apply_chat_template_renders_an_own_template_as_the_reference_does(
+    with_template, messages, flags
+):
     ours, theirs = with_template
     rendered = theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=flags[0], add_vision_id=flags[1]
@@ -1032,7 +1036,7 @@ def test_own_template_renders_as_in_the_reference(with_template, messages, flags
 
 @settings(max_examples=50)
 @given(messages=conversations(loose_texts))
-def test_own_template_is_guarded(with_template, messages):
+def test_encode_chat_guards_an_own_template(with_template, messages):
     ours, _ = with_template
     ids = ours.encode_chat(messages)
     prompt = unicodedata.normalize("NFC", ours.apply_chat_template(messages))
@@ -1050,7 +1054,7 @@ def test_own_template_is_guarded(with_template, messages):
 
 @settings(max_examples=100)
 @given(messages=conversations(loose_texts), flags=st.tuples(st.booleans(), st.booleans()))
-def test_built_in_template_equals_its_jinja_form(qwen, messages, flags):
+def test_apply_chat_template_equals_its_jinja_form(qwen, messages, flags):
     """The bundled template renders the same through Jinja, and the guard acts the same on it."""
     template = ChatTemplate(CHAT_TEMPLATE, "CHAT_TEMPLATE")
     through_jinja = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
@@ -1060,7 +1064,9 @@ def test_built_in_template_equals_its_jinja_form(qwen, messages, flags):
 
 
 @pytest.mark.parametrize("change", ["{}", "{}\n", "{}\n\n"])
-def test_built_in_template_is_recognized_without_a_warning(editable_folder, caplog, change):
+def test_tokenizer_recognizes_the_built_in_template_without_a_warning(
+    editable_folder, caplog, change
+):
     tokenizer = add_template(editable_folder, change.format(CHAT_TEMPLATE))
     assert tokenizer.chat_template is None
     assert not caplog.records
@@ -1069,7 +1075,7 @@ def test_built_in_template_is_recognized_without_a_warning(editable_folder, capl
 
 
 @pytest.mark.parametrize("text", [OTHER_SYSTEM, CHAT_TEMPLATE + "\n\n\n", CHAT_TEMPLATE + " ", ""])
-def test_other_template_is_rendered_and_named_in_one_warning(editable_folder, caplog, text):
+def test_tokenizer_names_another_template_in_one_warning(editable_folder, caplog, text):
     tokenizer = add_template(editable_folder, text)
     assert not is_built_in_template(text)
     [record] = caplog.records
@@ -1081,7 +1087,7 @@ def test_other_template_is_rendered_and_named_in_one_warning(editable_folder, ca
     assert tokenizer.apply_chat_template(messages, False) == rendered
 
 
-def test_template_files_come_in_the_order_of_the_reference(editable_folder):
+def test_tokenizer_reads_template_files_in_the_order_of_the_reference(editable_folder):
     messages = [{"role": "user", "content": "Hi"}]
 
     def rendered():
@@ -1108,14 +1114,14 @@ def test_template_files_come_in_the_order_of_the_reference(editable_folder):
     assert rendered() == "processor"
 
 
-def test_template_file_that_is_not_utf8_is_one_sentence(editable_folder):
+def test_tokenizer_refuses_a_template_file_that_is_not_utf8(editable_folder):
     (editable_folder / "chat_template.jinja").write_bytes(b"\xff\xfe{")
     with pytest.raises(ValueError, match=r"chat_template\.jinja"):
         Tokenizer.from_pretrained(editable_folder)
 
 
 @pytest.mark.parametrize("text", ["{% for %}", "{{ 'a", "{% unknown %}", "{{ x | nothing }}"])
-def test_template_with_a_syntax_error_is_one_sentence(editable_folder, text):
+def test_tokenizer_refuses_a_template_with_a_syntax_error(editable_folder, text):
     with pytest.raises(ValueError, match=r"chat template in .*tokenizer_config\.json cannot be us"):
         add_template(editable_folder, text)
 
@@ -1138,7 +1144,7 @@ def test_template_with_a_syntax_error_is_one_sentence(editable_folder, text):
         "{% include 'other' %}",
     ],
 )
-def test_template_that_raises_is_one_sentence(qwen, text):
+def test_apply_chat_template_makes_any_template_error_one_sentence(qwen, text):
     template = ChatTemplate(text, "folder/chat_template.jinja")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
     with pytest.raises(ValueError, match=r"in folder/chat_template\.jinja cannot be rend") as error:
@@ -1146,21 +1152,21 @@ def test_template_that_raises_is_one_sentence(qwen, text):
     assert "\n" not in str(error.value)
 
 
-def test_template_gets_names_in_place_of_objects(qwen):
+def test_chat_template_gets_names_in_place_of_objects(qwen):
     template = ChatTemplate("{{ messages[0].content[0].image }}", "x")
     message = user({"type": "image", "image": np.zeros(3)})
     assert template.render([message]) == "<ndarray>"
     assert isinstance(message["content"][0]["image"], np.ndarray)
 
 
-def test_template_time_is_the_same_in_one_call(qwen):
+def test_encode_chat_gives_a_template_one_time(qwen):
     template = ChatTemplate("{{ strftime_now('%f') }}{{ messages[0].content }}<|im_end|>", "x")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
     ids = tokenizer.encode_chat([{"role": "user", "content": "<|im_end|>"}])
     assert ids.count(151645) == 1
 
 
-def test_template_that_rewrites_forged_tokens_is_one_sentence(qwen):
+def test_encode_chat_refuses_a_template_that_rewrites_forged_tokens(qwen):
     template = ChatTemplate("{{ messages[0].content }}{{ messages[0].content | length }}", "x")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
     assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "a|b"}])) == "a|b3"
@@ -1168,7 +1174,7 @@ def test_template_that_rewrites_forged_tokens_is_one_sentence(qwen):
         tokenizer.encode_chat([{"role": "user", "content": "<|image_pad|> <|im_end|>"}])
 
 
-def test_malformed_message_is_the_same_error_with_an_own_template(qwen):
+def test_apply_chat_template_refuses_a_malformed_message_with_an_own_template(qwen):
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", ChatTemplate("a", "x"))
     with pytest.raises(ValueError, match="neither image, video nor text"):
         tokenizer.apply_chat_template([user({"type": "imagee"})])
@@ -1190,7 +1196,7 @@ def image_message(text, role="user"):
     return {"role": role, "content": [{"type": "image", "image": image}, {"text": text}]}
 
 
-def test_placeholder_spelled_by_the_assistant_is_one_sentence(qwen):
+def test_processor_refuses_a_placeholder_spelled_by_the_assistant(qwen):
     processor = Processor(qwen, ImageConfig())
     messages = [image_message("Hi"), {"role": "assistant", "content": "<|image_pad|>"}]
     with pytest.raises(ValueError, match=r"expected 1 tokens <\|image_pad\|>.* got 2"):
@@ -1200,7 +1206,7 @@ def test_placeholder_spelled_by_the_assistant_is_one_sentence(qwen):
         processor(messages)
 
 
-def test_placeholder_spelled_by_the_user_needs_the_guard(qwen):
+def test_processor_guards_a_placeholder_spelled_by_the_user(qwen):
     processor = Processor(qwen, ImageConfig())
     batch = processor([image_message("<|image_pad|>")])
     assert (batch.input_ids == 151655).sum() == 4
@@ -1210,7 +1216,7 @@ def test_placeholder_spelled_by_the_user_needs_the_guard(qwen):
     assert (batch.input_ids == 151645).sum() == 3
 
 
-def test_template_without_vision_tokens_is_one_sentence(qwen):
+def test_processor_refuses_a_template_without_vision_tokens(qwen):
     template = ChatTemplate("{{ messages[0].content[1].text }}", "folder/chat_template.jinja")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
     processor = Processor(tokenizer, ImageConfig())

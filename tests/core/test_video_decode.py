@@ -57,7 +57,7 @@ STREAMS = [
 
 
 @pytest.mark.parametrize(("suffix", "codec", "kinds"), STREAMS)
-def test_every_stream_order_gives_the_video(tmp_path, quiet, suffix, codec, kinds):
+def test_load_video_accepts_every_stream_order(tmp_path, quiet, suffix, codec, kinds):
     path = encode_with(tmp_path / f"x.{suffix}", draw_frames(12, 64, 48), codec, kinds)
     with av.open(str(path)) as container:
         assert len(container.streams) == len(kinds)
@@ -68,7 +68,7 @@ def test_every_stream_order_gives_the_video(tmp_path, quiet, suffix, codec, kind
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "mov"])
-def test_metadata_that_is_not_utf8_does_not_matter(tmp_path, quiet, suffix):
+def test_load_video_ignores_metadata_that_is_not_utf8(tmp_path, quiet, suffix):
     path = encode_with(
         tmp_path / f"x.{suffix}", draw_frames(6, 64, 48), "mpeg4", ["video"], title="QTITLEQ"
     )
@@ -78,7 +78,7 @@ def test_metadata_that_is_not_utf8_does_not_matter(tmp_path, quiet, suffix):
     assert nearest(clip.frames) == list(range(6))
 
 
-def test_metadata_of_a_stream_that_is_not_utf8_does_not_matter(tmp_path, quiet):
+def test_load_video_ignores_stream_metadata_that_is_not_utf8(tmp_path, quiet):
     path = tmp_path / "x.mkv"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=10)
@@ -93,7 +93,7 @@ def test_metadata_of_a_stream_that_is_not_utf8_does_not_matter(tmp_path, quiet):
     assert len(clip.frames) == 6
 
 
-def test_an_index_error_after_the_last_packet_is_the_end():
+def test_open_video_ends_at_an_index_error_after_the_last_packet():
     """PyAV, at the end of a file, reads memory of streams that began midway and may raise this."""
 
     class Container:
@@ -121,7 +121,7 @@ def set_matroska_rate(path, nanoseconds):
 
 @pytest.mark.parametrize("declared", [1000, 250, 60, 3])
 @pytest.mark.parametrize("suffix", ["webm", "mkv"])
-def test_timestamps_count_where_the_declared_rate_contradicts_them(tmp_path, suffix, declared):
+def test_load_video_prefers_timestamps_to_the_declared_rate(tmp_path, suffix, declared):
     """30 frames, 10 per second by their timestamps: 2 per second are 6 frames."""
     codec = "libvpx" if suffix == "webm" else "mpeg4"
     path = encode(tmp_path / f"x.{suffix}", draw_frames(30, 64, 48), codec)
@@ -138,7 +138,7 @@ def test_timestamps_count_where_the_declared_rate_contradicts_them(tmp_path, suf
     assert np.array_equal(clip.frames, expected.frames)
 
 
-def test_timestamps_in_decoding_order_are_sorted(tmp_path):
+def test_load_video_sorts_timestamps_in_decoding_order(tmp_path):
     """AVI has no presentation times, so those of B-frames are exchanged with their neighbors'."""
     options = {"bf": "2", "g": "40"}
     times = [2 * n for n in range(40)]  # 10 frames per second, in a file that declares 20
@@ -153,7 +153,7 @@ def test_timestamps_in_decoding_order_are_sorted(tmp_path):
     assert clip.timestamps == pytest.approx([0, 0.6, 1.1, 1.7, 2.2, 2.8, 3.3, 3.9], abs=0.11)
 
 
-def test_timestamps_that_begin_again_are_not_sorted():
+def test_in_display_order_keeps_timestamps_that_begin_again():
     joined = [*range(0, 200, 4), *range(1, 200, 4)]
     assert video_decode.in_display_order(joined) == joined
     assert video_decode.in_display_order([1, 3, 2, None]) == [1, 3, 2, None]
@@ -161,7 +161,7 @@ def test_timestamps_that_begin_again_are_not_sorted():
 
 
 @pytest.mark.parametrize("rate", [30, Fraction(30000, 1001), 60, 15])
-def test_a_rate_in_whole_milliseconds_is_not_higher_than_it_is(tmp_path, rate):
+def test_frame_rate_of_times_in_milliseconds_is_not_too_high(tmp_path, rate):
     """10 s give 20 frames, although the last time, cut to milliseconds, is early."""
     times = [int(n * 1000 / rate) / 1000 for n in range(round(10 * rate))]
     measured, is_contradicted = video.frame_rate(times, 0.0, 1000.0, 0.001)
@@ -172,7 +172,7 @@ def test_a_rate_in_whole_milliseconds_is_not_higher_than_it_is(tmp_path, rate):
     assert video.frame_rate([0.0, 0.3, 0.95], 0.0, None, 0.001)[0] == pytest.approx(2 / 0.95)
 
 
-def test_declared_rate_holds_where_it_agrees():
+def test_frame_rate_keeps_a_declared_rate_that_agrees():
     """As in qwen-vl-utils, which trusts it; exactly, so that counts are equal."""
     declared = 30000 / 1001
     ntsc = [n / declared for n in range(300)]
@@ -185,7 +185,7 @@ def test_declared_rate_holds_where_it_agrees():
 
 
 @pytest.mark.parametrize("declared", [90000.0, 1000.0, 60.0, 12.0, 8.0, 1.0, 0.001])
-def test_measured_rate_holds_where_the_declared_one_is_wrong(declared):
+def test_frame_rate_is_measured_where_the_declared_one_is_wrong(declared):
     times = [n / 10 for n in range(100)]
     for last_duration in (0.0, 1 / declared if declared > 5 else 0.1):
         rate, is_contradicted = video.frame_rate(times, last_duration, declared)
@@ -193,17 +193,17 @@ def test_measured_rate_holds_where_the_declared_one_is_wrong(declared):
         assert rate == pytest.approx(10)
 
 
-def test_rate_is_measured_where_none_is_declared():
+def test_frame_rate_is_measured_where_none_is_declared():
     assert video.frame_rate([0.0, 0.1, 0.2], 0.0, None)[0] == pytest.approx(10)
     assert video.frame_rate([0.0], 0.0, None) == (2.0, False)
 
 
-def test_a_rate_of_zero_is_taken_from_the_timestamps(tmp_path, quiet):
+def test_load_video_measures_a_rate_declared_as_zero(tmp_path, quiet):
     path = set_matroska_rate(encode(tmp_path / "x.mkv", draw_frames(30, 64, 48)), 0)
     assert len(load_video(path, SMALL).frames) == 6
 
 
-def test_pixels_that_are_not_square_are_shown_in_proportion(tmp_path, quiet):
+def test_load_video_scales_pixels_that_are_not_square(tmp_path, quiet):
     """64×48 pixels, each twice as wide as high, and then rotated by a quarter."""
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w") as container:
@@ -229,7 +229,7 @@ def test_pixels_that_are_not_square_are_shown_in_proportion(tmp_path, quiet):
 
 
 @pytest.mark.parametrize("aspect", [Fraction(1, 300), Fraction(250, 1)])
-def test_an_impossible_aspect_ratio_is_ignored(aspect):
+def test_display_size_ignores_an_impossible_aspect_ratio(aspect):
     class Video:
         width, height, side_data = 64, 48, {}
         sample_aspect_ratio = aspect
@@ -251,7 +251,9 @@ ALPHA = [
 
 
 @pytest.mark.parametrize(("suffix", "codec", "pixels", "options"), ALPHA)
-def test_transparency_is_composited_on_white(tmp_path, quiet, suffix, codec, pixels, options):
+def test_load_video_composites_transparency_on_white(
+    tmp_path, quiet, suffix, codec, pixels, options
+):
     """The left half is opaque and blue, the right half transparent."""
     rgba = np.zeros((48, 64, 4), dtype=np.uint8)
     rgba[..., 2] = 200
@@ -274,7 +276,7 @@ def test_transparency_is_composited_on_white(tmp_path, quiet, suffix, codec, pix
         assert frame[:, 36:].min() >= 250
 
 
-def test_alpha_is_kept_when_seeking(tmp_path, quiet):
+def test_load_video_keeps_alpha_when_seeking(tmp_path, quiet):
     """The decoder that keeps it is not the stream's own, so a seek must reset it as well."""
     rgba = np.zeros((48, 64, 4), dtype=np.uint8)
     path = tmp_path / "x.webm"
@@ -304,7 +306,7 @@ def animated_webp(path, **options):
     return path
 
 
-def test_animated_webp_is_read_by_its_own_durations(tmp_path, quiet):
+def test_load_video_reads_animated_webp_by_its_own_durations(tmp_path, quiet):
     path = animated_webp(tmp_path / "x.webp")
     for source in (path, path.read_bytes(), io.BytesIO(path.read_bytes())):
         clip = load_video(source, SMALL, nframes=10)
@@ -317,14 +319,14 @@ def test_animated_webp_is_read_by_its_own_durations(tmp_path, quiet):
     assert load_video(path, SMALL, video_start=0.8).timestamps == [0.8, 1.1, 1.4, 1.7]
 
 
-def test_damaged_webp_is_one_sentence_or_what_decodes(tmp_path):
+def test_load_video_of_damaged_webp_is_one_sentence(tmp_path):
     data = animated_webp(tmp_path / "x.webp").read_bytes()
     with pytest.raises(ValueError, match=r"^cannot read the given bytes as a video: "):
         load_video(data[:30], SMALL)
 
 
 @pytest.mark.parametrize("pixels", ["gray", "gray16le", "yuv420p10le", "yuvj420p", "bgr0"])
-def test_pixel_formats_give_the_same_frames(tmp_path, quiet, pixels):
+def test_load_video_gives_the_same_frames_in_each_pixel_format(tmp_path, quiet, pixels):
     codec = "mjpeg" if pixels == "yuvj420p" else "ffv1"
     path = encode(tmp_path / "x.mkv", draw_frames(4, 65, 49), codec, pixels=pixels)
     clip = load_video(path, ImageConfig(patch_size=2), nframes=4)
@@ -336,7 +338,7 @@ def test_pixel_formats_give_the_same_frames(tmp_path, quiet, pixels):
     assert np.abs(clip.frames - expected).mean() < 8
 
 
-def test_frames_that_change_their_size_are_all_resized(tmp_path, quiet):
+def test_load_video_resizes_frames_that_change_their_size(tmp_path, quiet):
     """Video calls are recorded with the resolution that the network allowed at the time."""
     path = tmp_path / "x.ts"
     parts = [
@@ -353,7 +355,7 @@ def test_frames_that_change_their_size_are_all_resized(tmp_path, quiet):
 # --- what is opened ---
 
 
-def test_only_regular_files_are_opened(tmp_path):
+def test_load_video_opens_only_regular_files(tmp_path):
     """A pipe would block until the decoder is given up, and a device never ends."""
     os.mkfifo(tmp_path / "pipe.mp4")
     for path in (tmp_path / "pipe.mp4", "/dev/zero"):
@@ -375,7 +377,7 @@ def test_only_regular_files_are_opened(tmp_path):
     ],
     ids=["m3u8", "concat", "dash", "sdp"],
 )
-def test_playlists_are_not_opened(tmp_path, monkeypatch, text):
+def test_load_video_opens_no_playlist(tmp_path, monkeypatch, text):
     """They name other files, which would be read."""
     monkeypatch.chdir(tmp_path)
     encode(tmp_path / "x.ts", draw_frames(4, 64, 48))
@@ -385,7 +387,7 @@ def test_playlists_are_not_opened(tmp_path, monkeypatch, text):
             load_video(source, SMALL)
 
 
-def test_a_stranger_codec_is_one_sentence(tmp_path):
+def test_load_video_of_an_unknown_codec_is_one_sentence(tmp_path):
     data = encode(tmp_path / "x.avi", draw_frames(4, 64, 48)).read_bytes()
     data = data.replace(b"FMP4", b"XQZ7").replace(b"mp4v", b"XQZ7")
     with pytest.raises(ValueError, match=r"as a video: this build of FFmpeg has no decoder"):
@@ -409,7 +411,7 @@ def test_a_stranger_codec_is_one_sentence(tmp_path):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_videos_give_frames_or_one_sentence(tmp_path, suffix, codec):
+def test_load_video_of_damaged_data_gives_frames_or_one_sentence(tmp_path, suffix, codec):
     pixels = "rgb8" if codec == "gif" else "yuv420p"
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {"g": "6"}
     path = encode(tmp_path / f"x.{suffix}", draw_frames(18, 64, 48), codec, 10, pixels, options)
@@ -433,7 +435,7 @@ def test_damaged_videos_give_frames_or_one_sentence(tmp_path, suffix, codec):
     assert all("\n" not in sentence for sentence in sentences)
 
 
-def test_frames_are_decoded_by_slices(tmp_path):
+def test_opened_decodes_frames_by_slices(tmp_path):
     """Not several frames at once: those threads wait for each other forever after some damage."""
     path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48), "libx264")
     with video_decode.opened(str(path), "x") as opened:
@@ -460,13 +462,13 @@ def blocked(monkeypatch):
     release.set()
 
 
-def test_a_decoder_that_hangs_is_given_up(tmp_path, blocked):
+def test_load_video_gives_up_a_decoder_that_hangs(tmp_path, blocked):
     path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
     with pytest.raises(TimeoutError, match=r"cannot read .*x\.mp4 as a video: a decoder made no"):
         load_video(path, SMALL)
 
 
-def test_a_file_that_hangs_is_given_up(tmp_path, monkeypatch):
+def test_load_video_gives_up_a_file_that_hangs(tmp_path, monkeypatch):
     release = threading.Event()
     monkeypatch.setattr(av, "open", lambda *_, **__: release.wait())
     monkeypatch.setattr(video_decode, "STALL_SECONDS", 0.05)
@@ -483,7 +485,7 @@ def encode_nothing(folder):
     return folder / "x.mp4"
 
 
-def test_a_decoder_without_end_is_given_up(tmp_path, monkeypatch):
+def test_load_video_gives_up_a_decoder_without_end(tmp_path, monkeypatch):
     """It makes progress, and yet gives no frame."""
     path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
     monkeypatch.setattr(video_decode, "POLL_SECONDS", 0.01)
@@ -499,7 +501,7 @@ def test_a_decoder_without_end_is_given_up(tmp_path, monkeypatch):
         load_video(path, SMALL)
 
 
-def test_an_interrupt_ends_a_decoder_that_hangs(tmp_path, blocked, monkeypatch):
+def test_load_video_is_interrupted_in_a_decoder_that_hangs(tmp_path, blocked, monkeypatch):
     monkeypatch.setattr(video_decode, "STALL_SECONDS", 20.0)
     path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
 
@@ -517,7 +519,7 @@ class Panic(BaseException):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("odd"), struct.error("odd"), Panic("odd")])
-def test_any_error_of_a_decoder_is_one_sentence(tmp_path, monkeypatch, error):
+def test_load_video_makes_any_decoder_error_one_sentence(tmp_path, monkeypatch, error):
     def to_image(frame):
         raise error
 
@@ -531,7 +533,7 @@ def decoder_threads():
     return {thread for thread in threading.enumerate() if thread.name == "video decoder"}
 
 
-def test_reading_that_stops_early_closes_the_file(tmp_path, monkeypatch):
+def test_sample_file_ends_its_thread_when_reading_stops_early(tmp_path, monkeypatch):
     """Also where the error is the caller's, between two frames."""
     path = encode(tmp_path / "x.mp4", draw_frames(8, 64, 48))
     others = decoder_threads()  # given up by other tests
@@ -548,7 +550,7 @@ def test_reading_that_stops_early_closes_the_file(tmp_path, monkeypatch):
         assert not decoder_threads() - others
 
 
-def test_many_threads_read_videos(tmp_path):
+def test_load_video_runs_in_many_threads(tmp_path):
     paths = [encode(tmp_path / f"{n}.mp4", draw_frames(8, 64, 48)[n:]) for n in range(4)]
     expected = [load_video(path, SMALL, nframes=4).frames for path in paths]
     results = {}
@@ -568,7 +570,7 @@ def test_many_threads_read_videos(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 8, 3), (4, 3, 8, 8)])
-def test_each_frame_of_an_array_is_read_as_an_image(monkeypatch, quiet, shape):
+def test_load_video_reads_each_frame_of_an_array_as_an_image(monkeypatch, quiet, shape):
     """What an array of three axes means as an image is decided in one place."""
     shapes = []
 

@@ -20,17 +20,17 @@ def locked_versions():
     return versions
 
 
-def test_py_modules_are_the_files_at_the_top_level():
+def test_pyproject_lists_the_modules_at_the_top_level():
     modules = PROJECT["tool"]["setuptools"]["py-modules"]
     assert sorted(modules) == sorted(path.stem for path in ROOT.glob("*.py"))
 
 
-def test_packages_are_the_directories_with_init_file():
+def test_pyproject_lists_the_directories_with_init_file():
     packages = PROJECT["tool"]["setuptools"]["packages"]
     assert sorted(packages) == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
-def test_dependency_ranges_contain_the_locked_versions():
+def test_pyproject_ranges_contain_the_locked_versions():
     requirements = pytest.importorskip("packaging.requirements")
     ranges = [requirements.Requirement(line) for line in PROJECT["project"]["dependencies"]]
     versions = locked_versions()
@@ -39,7 +39,7 @@ def test_dependency_ranges_contain_the_locked_versions():
         assert item.specifier.contains(versions[item.name]), item
 
 
-def test_type_checked_files_exist():
+def test_pyproject_type_checks_files_that_exist():
     for name in PROJECT["tool"]["mypy"]["files"]:
         assert (ROOT / name).exists(), name
 

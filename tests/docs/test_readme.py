@@ -31,7 +31,7 @@ OTHERS = COMMANDS[2:]
 
 @pytest.fixture
 def workplace(tmp_path):
-    """A folder that looks like the repository, for commands that write into it."""
+    """A directory with the files of the repository, for commands that write into it."""
     for path in ROOT.iterdir():
         if not path.name.startswith("."):
             (tmp_path / path.name).symlink_to(path)
@@ -48,7 +48,7 @@ def run(line, folder):
     )
 
 
-def test_first_two_blocks_set_up_and_test():
+def test_readme_begins_with_setup_and_tests():
     assert COMMANDS[0].startswith(
         "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && "
     )
@@ -58,7 +58,7 @@ def test_first_two_blocks_set_up_and_test():
 
 
 @pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" not in line])
-def test_command_of_the_readme_runs(line, workplace):
+def test_readme_command_runs(line, workplace):
     done = run(line, workplace)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() or "apps.batch" in line
@@ -70,18 +70,18 @@ def test_command_of_the_readme_runs(line, workplace):
 
 
 @pytest.mark.parametrize("line", [line for line in OTHERS if "Qwen/" in line])
-def test_command_that_downloads_has_valid_options(line):
+def test_readme_command_that_downloads_has_valid_options(line):
     words = shlex.split(line)
     assert words[:2] == [".venv/bin/python", "generate.py"]
     assert generate.parse_arguments(words[2:]).model.startswith("Qwen/")
 
 
-def test_answer_shown_is_the_answer_given(workplace):
+def test_readme_shows_the_answer_that_is_given(workplace):
     line, answer = re.search(r"^    \$ (.+)\n    (.+)$", README, flags=re.MULTILINE).groups()
     assert run(line, workplace).stdout.strip() == answer
 
 
-def test_python_shown_runs():
+def test_readme_python_runs():
     [text] = [text for kind, text in BLOCKS if kind == "python"]
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_python_shown_runs():
         "tests/README.md",
     ],
 )
-def test_links_lead_to_files(page):
+def test_markdown_links_lead_to_files(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("https://"):
@@ -116,7 +116,7 @@ def test_requirements_are_pinned():
             ), line
 
 
-def test_table_of_ideas_names_what_the_files_define():
+def test_readme_table_of_ideas_names_what_the_files_define():
     links = re.findall(r"\[`(\w+)`\]\(([\w/]+\.py)\)", README)
     assert len(links) > 15
     for name, file in links:
@@ -126,7 +126,7 @@ def test_table_of_ideas_names_what_the_files_define():
         )
 
 
-def test_table_of_ideas_names_what_the_reference_has():
+def test_readme_table_of_ideas_names_what_the_reference_has():
     pytest.importorskip("transformers")
     names = (
         "models.qwen2_vl.modeling_qwen2_vl",
@@ -169,7 +169,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_memory_of_published_checkpoints_is_that_of_their_shapes(size):
+def test_readme_gives_the_memory_of_published_checkpoints(size):
     held = []
     for quantize in (None, "int8", "int4"):
         run = Run.from_config(
@@ -212,7 +212,7 @@ def speed_table(found):
     return "\n".join(lines)
 
 
-def test_speed_table_has_the_figures_of_the_last_run():
+def test_readme_speed_table_has_the_figures_of_the_last_run():
     found = json.loads((ROOT / "benchmarks/results/2b-cpu.json").read_text(encoding="utf-8"))
     section = README.split("## How fast it is")[1].split("\n## ")[0]
     [told] = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)

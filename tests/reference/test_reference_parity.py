@@ -84,11 +84,11 @@ def ladder(capsys, *arguments):
 @pytest.mark.parametrize(
     "option", [(), ("--attn-implementation", "eager"), ("--attention", "plain")]
 )
-def test_ladder_with_correct_model_holds_on_every_rung(option, folder, capsys):
+def test_main_with_correct_model_holds_on_every_rung(option, folder, capsys):
     code, rungs, out = ladder(capsys, "--model", folder, *option)
     assert code == 0, out
     assert "All 18 rungs hold" in out
-    assert "note" not in out  # the folder's own template was rendered
+    assert "note" not in out  # the checkpoint's own template was rendered
     assert list(rungs) == [
         "prompt text",
         "image grids",
@@ -112,12 +112,12 @@ def test_ladder_with_correct_model_holds_on_every_rung(option, folder, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_ladder_in_other_dtype_holds(folder, capsys, dtype):
+def test_main_in_other_dtype_holds(folder, capsys, dtype):
     code, _, out = ladder(capsys, "--model", folder, "--dtype", dtype)
     assert code == 0, out
 
 
-def test_ladder_in_half_precision_only_notes_different_tokens(folder, capsys, monkeypatch):
+def test_main_in_half_precision_only_notes_different_tokens(folder, capsys, monkeypatch):
     FAULTS["greedy tokens"](monkeypatch)
     code, rungs, out = ladder(capsys, "--model", folder, "--dtype", "float16")
     assert code == 0, out
@@ -125,7 +125,7 @@ def test_ladder_in_half_precision_only_notes_different_tokens(folder, capsys, mo
     assert "note: greedy tokens differ" in out
 
 
-def test_ladder_accepts_own_images_and_prompt(folder, capsys, tmp_path):
+def test_main_accepts_own_images_and_prompt(folder, capsys, tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 4), dtype=np.uint8)).save(
         path
@@ -140,7 +140,7 @@ def test_ladder_accepts_own_images_and_prompt(folder, capsys, tmp_path):
     assert "merger" not in rungs
 
 
-def test_ladder_without_chat_template_notes_that_ours_is_used(folder, capsys, tmp_path):
+def test_main_without_chat_template_notes_that_ours_is_used(folder, capsys, tmp_path):
     for file in folder.iterdir():
         if file.name != "chat_template.json":
             (tmp_path / file.name).symlink_to(file)
@@ -269,7 +269,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("rung", FAULTS)
-def test_ladder_marks_injected_fault_at_its_rung(rung, folder, capsys, monkeypatch):
+def test_main_marks_injected_fault_at_its_rung(rung, folder, capsys, monkeypatch):
     FAULTS[rung](monkeypatch)
     code, rungs, out = ladder(capsys, "--model", folder, "--max-new-tokens", 4)
     assert code == 1, out
