@@ -10,6 +10,7 @@ H, G, D, V, N, T. A task is what one call does: {"rows": the parts of each seque
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -90,11 +91,17 @@ def make_checkpoint(config: Config, folder: Path) -> None:
             else:  # the weight of a norm
                 parameter.normal_(mean=1.0, std=0.2)
     save_model(model, folder)
-    sys.path.append(str(ROOT / "tests"))
-    from real_vocabulary import build_tokenizer
-
-    build_tokenizer(folder)
+    write_tokenizer(folder)
     shutil.copy(ROOT / "tiny" / "checkpoint" / "preprocessor_config.json", folder)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the published tokenizer with `tests/real_vocabulary.py`, which is in no package."""
+    path = ROOT / "tests" / "real_vocabulary.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    real_vocabulary = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(real_vocabulary)
+    real_vocabulary.build_tokenizer(folder)
 
 
 # ------------------------------------------------------------------------------------------- inputs

@@ -1,8 +1,8 @@
 """Compare the speed of this code with transformers 5.23.0 and with the machine's highest rates.
 
-    python benchmarks/compare.py                     the 2B model's shapes; takes half an hour
-    python benchmarks/compare.py --shapes tiny       the bundled checkpoint, to try the benchmark
-    python benchmarks/compare.py --sections llama    with llama.cpp, by llama-cpp-python
+    python -m benchmarks.compare                     the 2B model's shapes; takes half an hour
+    python -m benchmarks.compare --shapes tiny       the bundled checkpoint, to try the benchmark
+    python -m benchmarks.compare --sections llama    with llama.cpp, by llama-cpp-python
 
 Both sides answer the same questions with the same weights and the same number of threads, each in a
 new process, one process at a time, in turns. A run that another process disturbed is repeated, and
@@ -20,8 +20,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

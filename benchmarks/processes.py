@@ -15,6 +15,7 @@ from pathlib import Path
 from benchmarks import machine
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 Say = Callable[[str], None]
 Record = dict  # what a worker reported of one task, and the load meanwhile
 
@@ -32,22 +33,31 @@ def read_weights(job: dict) -> None:
                 pass
 
 
+def worker_settings(threads: int) -> dict[str, str]:
+    """Return the environment variables of a worker, which imports from the repository root."""
+    import_path = [str(ROOT)]
+    if os.environ.get("PYTHONPATH"):
+        import_path.append(os.environ["PYTHONPATH"])
+    return {
+        "PYTHONPATH": os.pathsep.join(import_path),
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
 def run_worker(job: dict, threads: int) -> list[Record]:
     """Run one job in a new process; return its results, with the load while each was measured.
 
     Raises RuntimeError with the end of the process's errors, if it fails.
     """
     read_weights(job)
-    settings = {
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    worker = [job.get("python", sys.executable), str(HERE / "workers.py")]
+    worker = [job.get("python", sys.executable), "-m", "benchmarks.workers"]
     with tempfile.TemporaryFile("w+") as errors, tempfile.TemporaryFile("w+") as output:
         start = time.monotonic()
         command = [*worker, json.dumps(job | {"start": start, "threads": threads})]
-        process = subprocess.Popen(command, stdout=output, stderr=errors, env=os.environ | settings)
+        environment = os.environ | worker_settings(threads)
+        process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
         with machine.Watch(process.pid) as watch:
             process.wait()
         errors.seek(0)

@@ -1,8 +1,8 @@
 """Draw how cost grows with image tokens, context, batch and frames, for ours and transformers
 5.23.0.
 
-    python benchmarks/scaling.py                     results/scaling.png and .json; takes 20 minutes
-    python benchmarks/scaling.py --shapes tiny --out scaling-tiny
+    python -m benchmarks.scaling                     results/scaling.png and .json; takes 20 minutes
+    python -m benchmarks.scaling --shapes tiny --out scaling-tiny
 
 On log-log axes a cost that grows with the n-th power of its cause is a line of slope n: 1 for work
 on each token, 2 for attention between all of them. A needless copy, or a step that is repeated for
@@ -19,8 +19,6 @@ import math
 import statistics
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import machine
 from benchmarks.checkpoint import find_checkpoint

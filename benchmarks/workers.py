@@ -1,5 +1,5 @@
-"""The measured processes: `workers.py JOB`, with a job in JSON, prints a line of JSON for each
-result.
+"""The measured processes: `python -m benchmarks.workers JOB`, with a job in JSON, prints a line of
+JSON for each result.
 
 Times are those of the monotonic clock, which all processes of a machine share. A job imports what
 it needs when it needs it, because the time of imports is measured, too.
@@ -10,8 +10,6 @@ import json
 import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.protocol import PROMPT, make_clock, peak_bytes, report
 

@@ -1,6 +1,6 @@
 """Write tests/golden/tokenizer.json: token ids and decoded texts of transformers 5.23.0.
 
-    python tests/make_golden_tokenizer.py
+    PYTHONPATH=. python tests/make_golden_tokenizer.py
 
 Needed only when the cases in texts.py change. It requires requirements-dev.txt and no network.
 """

@@ -9,6 +9,7 @@ PyAV decodes, as in torchvision, and `resize` computes what torchvision 0.24 doe
 bicubic with antialiasing in float32, rounded.
 """
 
+import importlib.util
 import itertools
 import json
 import os
@@ -243,6 +244,15 @@ def spread_indices(draw: random.Random) -> list[list]:
     return records
 
 
+def import_helper(directory: Path) -> ModuleType:
+    """Return `qwen_vl_utils.vision_process` of the package installed in `directory`."""
+    package = directory / "qwen_vl_utils"
+    spec = importlib.util.spec_from_file_location(package.name, package / "__init__.py")
+    sys.modules[package.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package.name])
+    return importlib.import_module("qwen_vl_utils.vision_process")
+
+
 def main() -> None:
     os.environ["FORCE_QWENVL_VIDEO_READER"] = "decord"
     with tempfile.TemporaryDirectory() as directory:
@@ -259,10 +269,8 @@ def main() -> None:
         ]
         subprocess.run(install, check=True)
         sys.modules.update(fake_modules())
-        sys.path.insert(0, directory)
-        from qwen_vl_utils import vision_process
-
-        golden = run_helper(vision_process, write_videos(Path(directory)))
+        helper = import_helper(Path(directory))
+        golden = run_helper(helper, write_videos(Path(directory)))
     parts = (
         f'"{part}": [\n' + ",\n".join(map(json.dumps, records)) + "\n]"
         for part, records in golden.items()

@@ -1,5 +1,7 @@
 """Build the published Qwen2 tokenizer from its ranks, without network, in each layout of its files.
 
+    PYTHONPATH=. python tests/real_vocabulary.py DIRECTORY
+
 The package `dashscope` (a test requirement) contains `qwen.tiktoken`: one line per token, its bytes
 in base64 and its rank, which is its id. A rank vocabulary needs no list of merges: of all adjacent
 pairs, tiktoken joins the one whose union has the lowest rank. The `tokenizers` library requires the
@@ -15,8 +17,6 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tokenizer import BYTE_OF
 

@@ -76,13 +76,9 @@ def test_find_checkpoint_makes_a_loadable_checkpoint_once(tmp_path, monkeypatch)
     }
     vision = {"depth": 1, "embed_dim": 8, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 8}
     made = []
-    import real_vocabulary
-
     monkeypatch.setitem(checkpoint.SHAPES, "small", (text, vision))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(
-        real_vocabulary, "build_tokenizer", made.append
-    )  # takes seconds, and has tests of its own
+    monkeypatch.setattr(checkpoint, "write_tokenizer", made.append)  # takes seconds
     folder = checkpoint.find_checkpoint("small")
     assert checkpoint.find_checkpoint("small") == folder
     assert folder.is_relative_to(tmp_path)
@@ -97,6 +93,12 @@ def test_find_checkpoint_makes_a_loadable_checkpoint_once(tmp_path, monkeypatch)
     assert model.visual.blocks[0].mlp.fc1.weight.float().std().item() == pytest.approx(
         8**-0.5, rel=0.3
     )
+
+
+def test_write_tokenizer_writes_the_published_files(tmp_path, qwen_tokenizer_folder):
+    checkpoint.write_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (qwen_tokenizer_folder / name).read_bytes()
 
 
 def test_tasks_picture_has_736_image_tokens_and_32_of_text():
