@@ -413,12 +413,14 @@ def load_model(
     paths = weight_files(folder)
     dtype = dtype or checkpoint_dtype(folder)
     attn_implementation = choose_attention(attn_implementation, device, dtype)
-    names = {name for name, _ in empty_model(config).named_parameters()}
+    model = empty_model(config, attn_implementation)
+    names = {name for name, _ in model.named_parameters()}
     stored = list_tensors(paths, names | {HEAD})
     check_not_quantized(folder, list(stored))
+    was_tied = config.tie_word_embeddings
     resolve_head(config, stored, dtype)
-
-    model = empty_model(config, attn_implementation)
+    if config.tie_word_embeddings != was_tied:
+        model = empty_model(config, attn_implementation)  # with a head of its own
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
     check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
     state = {name: tensor.load().to(device, dtype) for name, tensor in stored.items()}
