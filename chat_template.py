@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from errors import first_line
 from json_files import read_optional_json, read_text
 
 # sha256 of the templates that `render_published_template` implements: the published one, and the
@@ -134,7 +135,7 @@ class ChatTemplate:
         return ChatTemplate, (self.text, self.source, self.special_tokens)
 
     def _error(self, what: str, error: Exception) -> ValueError:
-        reason = f"{error}".partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         return ValueError(f"the chat template in {self.source} {what}: {reason:.300}")
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 import hub
+from errors import first_line
 from json_files import read_json
 
 WEIGHTS = "model.safetensors"
@@ -116,8 +117,7 @@ def naming(path: Path) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in its Rust code is no Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a whole safetensors file: {reason}") from error
+        raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
 
 
 def open_shard(path: Path) -> safe_open:

@@ -37,6 +37,7 @@ from checkpoint_files import (
     open_shard,
     weight_files,
 )
+from errors import first_line
 from json_files import read_json
 from qwen2vl import Config, Qwen2VL, VisionConfig
 
@@ -384,9 +385,8 @@ def empty_model(config: Config, attn_implementation: str = "sdpa") -> Qwen2VL:
         with torch.device("meta"), SkipInitialization():
             return Qwen2VL(config, attn_implementation)
     except (RuntimeError, OverflowError, MemoryError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"config.json: a model of these sizes cannot be built: {reason}"
+            f"config.json: a model of these sizes cannot be built: {first_line(error)}"
         ) from error
 
 
@@ -446,9 +446,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # PyTorch raises either, by device and build
-        raise ValueError(
-            f"the device {name} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"the device {name} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -519,7 +517,6 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         os.replace(temporary, path)
     except Exception as error:  # the safetensors library has its own for a full disk
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

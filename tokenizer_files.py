@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import tokenizers
 
+from errors import first_line
 from json_files import parse_json, read_optional_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
@@ -59,7 +60,7 @@ def call_tokenizers(function: Callable, source: Path, *args: object) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        reason = f"{error}".partition("\n")[0]
+        reason = first_line(error)
         raise ValueError(f"{source} cannot be used: {reason:.200}") from error
 
 

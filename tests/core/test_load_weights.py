@@ -19,6 +19,7 @@ from helpers import (
 )
 from safetensors.torch import load_file, save_file
 
+import load_weights
 from load_weights import (
     choose_attention,
     find_checkpoint,
@@ -547,3 +548,12 @@ def test_load_model_does_not_import_the_compiler():
     code = "import sys; from load_weights import load_model; "
     code += "load_model('tiny/checkpoint', device='cpu'); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
+
+
+def test_empty_model_names_an_error_without_a_message(monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(load_weights, "Qwen2VL", fail)
+    with pytest.raises(ValueError, match=r"cannot be built: MemoryError$"):
+        load_weights.empty_model(None)
