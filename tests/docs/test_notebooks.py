@@ -53,9 +53,6 @@ socket.socket.connect_ex = guard_connect(socket.socket.connect_ex)
 socket.getaddrinfo = guard_lookup(socket.getaddrinfo)
 """
 
-# Runs after the last cell: the first one must also find the repository from its root.
-FROM_ROOT = "import os; os.chdir({root!r}); get_ipython().run_cell({first!r}).raise_error()"
-
 
 def read_cells(path: Path, cell_type: str) -> list:
     """Return the cells of one type of a notebook."""
@@ -99,13 +96,12 @@ def test_notebook_runs_offline_with_its_solutions(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
-    monkeypatch.setenv("PYTHONPATH", "")  # the notebook itself finds the repository
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # this repository, if another one is installed
     notebook = nbformat.read(path, as_version=4)
-    first = read_cells(path, "code")[0].source
     solutions = read_solutions(path)
     assert solutions
     notebook.cells.insert(0, nbformat.v4.new_code_cell(OFFLINE))
-    for source in [*solutions, FROM_ROOT.format(root=str(ROOT), first=first)]:
+    for source in solutions:
         notebook.cells.append(nbformat.v4.new_code_cell(source))
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
