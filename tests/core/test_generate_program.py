@@ -243,6 +243,7 @@ def test_invalid_options_are_argparse_errors(arguments, message, capsys):
     assert f"error: {message}" in capsys.readouterr().err.replace("argument --dtype: ", "")
 
 
+@pytest.mark.slow
 def test_process_prints_no_traceback_for_a_missing_image(tmp_path):
     process = run("--image", "missing.png", cwd=tmp_path)
     assert (process.returncode, process.stdout) == (2, "")
@@ -296,6 +297,7 @@ def test_error_of_the_program_itself_keeps_its_traceback(monkeypatch):
         command.main(["--image", str(IMAGE), "--quiet"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_is_one_sentence():
     with open("/dev/full", "w") as full:
@@ -307,6 +309,7 @@ def test_full_disk_is_one_sentence():
     ]
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_without_a_message():
     read, write = os.pipe()
     os.close(read)
@@ -316,6 +319,7 @@ def test_closed_pipe_ends_without_a_message():
     assert (process.returncode, process.stderr) == (141, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_stdout_of_any_encoding_contains_the_answer(encoding):
     script = (

@@ -311,6 +311,7 @@ def test_load_model_names_a_truncated_file(case, tmp_path):
 # ------------------------------------------------------------------------- memory of a loaded model
 
 
+@pytest.mark.slow
 def test_load_model_maps_the_file_into_memory(tmp_path):
     """In the dtype of the file and on the CPU, each tensor is inside the mapping of the file.
 
@@ -542,6 +543,7 @@ def test_config_defaults_equal_the_reference():
         assert ours[name] == theirs.get(name, text.get(name)), name
 
 
+@pytest.mark.slow
 def test_load_model_does_not_import_the_compiler():
     """Importing torch._dynamo takes longer than loading and running the bundled model."""
     root = Path(__file__).parents[2]

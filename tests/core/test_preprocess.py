@@ -84,6 +84,7 @@ def test_smart_resize_equals_reference(height, width):
     assert ours == theirs
 
 
+@pytest.mark.slow
 @settings(max_examples=3000)
 @given(
     height=st.integers(1, 3000),
@@ -138,6 +139,7 @@ def test_make_golden_preprocess_records_every_image():
     assert set(GOLDEN_RECORDS) == {*PICTURES, ROTATED.name}
 
 
+@pytest.mark.slow
 def test_preprocess_images_equals_reference_for_large_images():
     assert_equals_reference([Image.fromarray(draw_pixels(1500, 2100))])
     assert_equals_reference([Image.fromarray(draw_pixels(700, 900))], max_pixels=12845056)

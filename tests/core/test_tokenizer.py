@@ -101,6 +101,7 @@ def test_tokenizer_has_the_published_vocabulary(qwen, qwen_tokenizer_folder):
     assert {name: qwen.token_id(name) for name in published} == published
 
 
+@pytest.mark.slow
 def test_tokenizer_rebuilds_every_token_by_its_merges(qwen):
     for spelled, id in qwen.backend.get_vocab(with_added_tokens=False).items():
         assert [token.id for token in qwen.backend.model.tokenize(spelled)] == [id]
@@ -594,6 +595,7 @@ def test_encode_chat_changes_no_shared_setting(qwen):
     assert tokenizer.encode_chat(messages) == qwen.encode_chat(messages)
 
 
+@pytest.mark.slow
 def test_tokenizer_can_be_shared_by_threads(qwen, qwen_tokenizer_folder):
     texts = [f"{name} {n} <|im_end|>{'<|box_start|>' * n}" for n, name in enumerate(TEXTS)]
     texts += [TEXTS[name] for name in TEXTS]
@@ -638,6 +640,7 @@ def assert_loads_as_in_the_reference(folder):
     assert_added_tokens_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["incomplete", "vocab.json"])
 def test_tokenizer_loads_the_published_vocabulary_as_the_reference_does(
     qwen_tokenizer_folder, tmp_path, layout
@@ -1159,6 +1162,7 @@ def test_chat_template_gets_names_in_place_of_objects(qwen):
     assert isinstance(message["content"][0]["image"], np.ndarray)
 
 
+@pytest.mark.slow
 def test_encode_chat_gives_a_template_one_time(qwen):
     template = ChatTemplate("{{ strftime_now('%f') }}{{ messages[0].content }}<|im_end|>", "x")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)

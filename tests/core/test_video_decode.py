@@ -276,6 +276,7 @@ def test_load_video_composites_transparency_on_white(
         assert frame[:, 36:].min() >= 250
 
 
+@pytest.mark.slow
 def test_load_video_keeps_alpha_when_seeking(tmp_path, quiet):
     """The decoder that keeps it is not the stream's own, so a seek must reset it as well."""
     rgba = np.zeros((48, 64, 4), dtype=np.uint8)

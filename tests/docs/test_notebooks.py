@@ -89,6 +89,7 @@ def test_notebooks_readme_lists_each_notebook():
     assert [path.name for path in NOTEBOOKS if f"({path.name})" not in readme] == []
 
 
+@pytest.mark.slow
 @each_notebook
 def test_notebook_runs_offline_with_its_solutions(path, tmp_path, monkeypatch):
     # The kernel inherits these. Its history and connection files go to a temporary directory.

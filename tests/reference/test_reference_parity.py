@@ -111,6 +111,7 @@ def test_main_with_correct_model_holds_on_every_rung(option, folder, capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_main_in_other_dtype_holds(folder, capsys, dtype):
     code, _, out = ladder(capsys, "--model", folder, "--dtype", dtype)
@@ -268,6 +269,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rung", FAULTS)
 def test_main_marks_injected_fault_at_its_rung(rung, folder, capsys, monkeypatch):
     FAULTS[rung](monkeypatch)
