@@ -428,7 +428,7 @@ def prepare_streams() -> None:
 
 
 def set_error_handler(stream: TextIO | None, errors: str) -> None:
-    """Set how a standard stream treats what does not fit its encoding; a stand-in may have none."""
+    """Set how a standard stream treats what does not fit its encoding, if it has one."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=errors)
 

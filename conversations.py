@@ -286,7 +286,7 @@ def is_place(item: dict, kind: str) -> bool:
 
 
 def split_at_markers(item: dict, kind: str, sources: Any) -> list[dict]:
-    """Return a text item cut at its markers, with the next source in the place of each."""
+    """Return a text item cut at its markers, each replaced by the next source."""
     first, *others = item["text"].split(MARKERS[kind])
     result = [item | {"text": first}]
     for text in others:

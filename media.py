@@ -492,8 +492,8 @@ def array_to_image(source: Any) -> Image.Image:
     | other integers | 0…255          | themselves                                         |
     | any            | others, or NaN | ValueError (16 bits, 0…255 floats, normalized, …)  |
 
-    (The reference divides floats of 0…1 by 255 once more; here they are the levels that they stand
-    for.)
+    (The reference divides floats of 0…1 by 255 once more; here they are the levels that they
+    represent.)
     """
     kind = type(source).__name__
     try:

@@ -716,7 +716,7 @@ class KVCache:
         return self.keys.shape[3]
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` tokens in all. Raises ValueError for more than max_length."""
+        """Reserve memory for `length` tokens in all. Raises ValueError for more than max_length."""
         if length > self.max_length:
             raise ValueError(f"the KV cache holds {self.max_length} tokens, {length} are needed")
         if length <= self.capacity:
@@ -1118,7 +1118,7 @@ class Qwen2VL(nn.Module):
 
 
 def text_ids_for(inputs_embeds: Tensor | None, *pixels: Tensor | None) -> Tensor:
-    """Return ids [B, S] that stand for embeddings of text: no id is a placeholder.
+    """Return ids [B, S] in place of embeddings of text: no id is a placeholder.
 
     Raises ValueError.
     """

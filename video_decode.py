@@ -40,7 +40,7 @@ from media import check_regular_file, to_rgb
 
 STALL_SECONDS = 20.0  # a decoder that has not finished a single packet by then is given up
 DEADLINE_SECONDS = 1800.0  # for one pass over a file
-POLL_SECONDS = 0.5  # between two looks at the progress; on Windows, Ctrl-C takes effect then
+POLL_SECONDS = 0.5  # between two checks of the progress; on Windows, Ctrl-C takes effect then
 JOIN_SECONDS = 1.0  # how long a thread that is no longer needed may take to close the file
 SILENT_LOSS = 0.02  # packets without a frame or an error, from which on a video is called damaged
 MAX_REORDERED = 16  # frames that a decoder holds back at most (H.264 and H.265, DPB size)

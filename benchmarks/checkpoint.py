@@ -118,7 +118,7 @@ def tasks(shapes: str) -> dict[str, dict]:
     video = ("video", 8, 8, 12)  # 16 frames of 336×224 pixels: 8 slices, about as many tokens
     return {
         # The first new token is that of the prefill.
-        "picture": {"rows": [[10, image, 20]], "new_tokens": 33},
+        "image": {"rows": [[10, image, 20]], "new_tokens": 33},
         "batch": {"rows": [[96]] * 8, "new_tokens": 33},
         "video": {"rows": [[10, video, 20]], "new_tokens": 1},
         "llama": {"rows": [[32 + 23 * 32]], "new_tokens": 33},
@@ -137,7 +137,7 @@ def tiny_tasks() -> dict[str, dict]:
     image = ("image", 1, 4, 6)
     video = ("video", 2, 4, 4)
     return {
-        "picture": {"rows": [[before, image, after]], "new_tokens": 5},
+        "image": {"rows": [[before, image, after]], "new_tokens": 5},
         "batch": {"rows": [[before, image, after]] * 2, "new_tokens": 5},
         "video": {"rows": [[before, video, after]], "new_tokens": 1},
         "llama": {"rows": [[32 + 4 * 6]], "new_tokens": 5},

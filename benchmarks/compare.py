@@ -35,7 +35,7 @@ from qwen2vl import Config
 from reference import parity
 
 SIDES = ("ours", "transformers")
-SECTIONS = ("picture", "cold", "batch", "video", "llama")
+SECTIONS = ("image", "cold", "batch", "video", "llama")
 
 
 # --------------------------------------------------------------------------------------------- jobs
@@ -156,7 +156,7 @@ def measure(options: argparse.Namespace, folder: Path, say: Say) -> dict:
         jobs = question_jobs(options, chosen, common | {"logits": logits}, config)
         if "cold" in options.sections:
             jobs += cold_jobs(options, common)
-        ceilings = ceilings_job(options, config, questions["picture"])
+        ceilings = ceilings_job(options, config, questions["image"])
         for repetition, job in schedule(ceilings, jobs, options.repetitions):
             if not deadline.allows(job):
                 say(f"--minutes {options.minutes:g} are nearly over: {job_name(job)} is skipped")

@@ -26,17 +26,16 @@ from benchmarks.compare import SIDES, tidy
 from benchmarks.options import add_common_options, check_common_options
 from benchmarks.processes import HERE, Record, Say, run_quietly
 from benchmarks.summary import ITEMSIZE, per_step, prefill_seconds
-from benchmarks.tables import label
 
 # Axis → what is measured there: (name of the curve, its seconds in a record).
 CURVES = {
-    "image tokens": [("vision tower", lambda r: r["vision"])],
+    "image tokens": [("vision encoder", lambda r: r["vision"])],
     "tokens of context": [
         ("prefill", lambda r: r["first_token"]),
         ("one decode step", per_step),
     ],
     "batch": [("one decode step", per_step)],
-    "frames": [("vision tower", lambda r: r["vision"]), ("prefill", prefill_seconds)],
+    "frames": [("vision encoder", lambda r: r["vision"]), ("prefill", prefill_seconds)],
 }
 COLORS = {"ours": "#0072b2", "transformers": "#d55e00"}
 
@@ -156,7 +155,7 @@ def draw_panel(panel, axis: str, curves: dict[str, dict[str, Line]]) -> None:
                 continue
             xs = [x for x, _ in line]
             ys = [seconds / unit for _, seconds in line]
-            text = f"{label(name)}, {side}"
+            text = f"{name}, {side}"
             if slope(line) is not None:
                 text += f", slope {slope(line):.2f}"
             panel.loglog(xs, ys, style, marker="o", markersize=4, color=COLORS[side], label=text)
@@ -176,7 +175,7 @@ def describe(axis: str, name: str, side: str, line: Line) -> str:
     if slope(line) is not None:
         steepness = f"slope {slope(line):.2f}"
     values = ", ".join(f"{x}: {seconds:.4f} s" for x, seconds in line)
-    return f"{axis}, {label(name)}, {side}: {steepness} ({values})"
+    return f"{axis}, {name}, {side}: {steepness} ({values})"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -57,18 +57,18 @@ class Metric:
 
 
 METRICS = [
-    Metric("vision tower", "picture", "s", lambda r: r["vision"], "vision"),
-    Metric("prefill", "picture", "s", prefill_seconds, "prefill"),
-    Metric("decode, batch {rows}", "picture", "s a step", per_step, "decode"),
+    Metric("vision encoder", "image", "s", lambda r: r["vision"], "vision"),
+    Metric("prefill", "image", "s", prefill_seconds, "prefill"),
+    Metric("decode, batch {rows}", "image", "s a step", per_step, "decode"),
     Metric("decode, batch {rows}", "batch", "s a step", per_step, "decode"),
-    Metric("words only: prefill", "llama", "s", lambda r: r["first_token"], "prefill"),
-    Metric("words only: decode", "llama", "s a step", per_step, "decode"),
-    Metric("clip to first token", "video", "s", lambda r: r["first_token"], "clip"),
+    Metric("text only: prefill", "llama", "s", lambda r: r["first_token"], "prefill"),
+    Metric("text only: decode", "llama", "s a step", per_step, "decode"),
+    Metric("video to first token", "video", "s", lambda r: r["first_token"], "video"),
     Metric("cold start to first token", "cold", "s", lambda r: r["first_token"]),
     Metric("— imports", "cold", "s", lambda r: r["import_seconds"]),
     Metric("— load", "cold", "s", lambda r: r["load_seconds"]),
-    Metric("peak memory", "picture", "bytes", lambda r: r["peak_bytes"], "memory"),
-    Metric("— without mapped files", "picture", "bytes", lambda r: r["private_bytes"]),
+    Metric("peak memory", "image", "bytes", lambda r: r["peak_bytes"], "memory"),
+    Metric("— without mapped files", "image", "bytes", lambda r: r["private_bytes"]),
 ]
 
 
@@ -93,7 +93,7 @@ def floor(
         return seconds("decoder", decoder_work(config, rows, 1, cached, itemsize))
     vision = seconds("vision", vision_work(config, media, max(itemsize, 2)))  # never quantized
     prefill = seconds("decoder", decoder_work(config, rows, tokens, 0, itemsize))
-    return {"vision": vision, "prefill": prefill, "clip": vision + prefill}[kind]
+    return {"vision": vision, "prefill": prefill, "video": vision + prefill}[kind]
 
 
 @dataclass(frozen=True)

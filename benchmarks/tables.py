@@ -14,19 +14,8 @@ from benchmarks.summary import quiet_ceilings
 # The limits of the cosine to our float32 logits. Random weights lose most, as nothing in them
 # repeats.
 COSINES = {"int8": 0.998, "int4": 0.9, "F16": 0.999, "Q8_0": 0.999}
-# What the tables call the metrics and curves of the results files.
-LABELS = {
-    "vision tower": "vision encoder",
-    "words only: prefill": "text only: prefill",
-    "words only: decode": "text only: decode",
-    "clip to first token": "video to first token",
-}
 START_MARK = "<!-- written by compare.py -->"
 END_MARK = "<!-- end -->"
-
-
-def label(name: str) -> str:
-    return LABELS.get(name, name)
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -75,7 +64,7 @@ def ratio_to_llama(row: dict) -> str:
 
 
 Columns = dict[str, Callable[[dict], str]]
-NAMES: Columns = {"what": lambda row: label(row["metric"]), "dtype": lambda row: row["dtype"]}
+NAMES: Columns = {"what": lambda row: row["metric"], "dtype": lambda row: row["dtype"]}
 SECONDS: Columns = {
     "ours": lambda row: absolute(row, "ours"),
     "theirs": lambda row: absolute(row, "theirs"),

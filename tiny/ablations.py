@@ -319,9 +319,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--checkpoint", type=Path, default=CHECKPOINT, help="the weights to start from")
     add(
         "--from-scratch",
-        "--anew",
         action="store_true",
-        help="start from random weights, with the first samples (--anew is its former name)",
+        help="start from random weights, with the first samples",
     )
     add("--runs", type=Path, default=Path("runs/ablations"))
     add("--steps", type=int, default=1000)

@@ -101,9 +101,9 @@ def test_write_tokenizer_writes_the_published_files(tmp_path, qwen_tokenizer_fol
         assert (tmp_path / name).read_bytes() == (qwen_tokenizer_folder / name).read_bytes()
 
 
-def test_tasks_picture_has_736_image_tokens_and_32_of_text():
+def test_tasks_image_has_736_image_tokens_and_32_of_text():
     config = checkpoint.model_config("2b")
-    task = checkpoint.tasks("2b")["picture"]
+    task = checkpoint.tasks("2b")["image"]
     batch = checkpoint.make_batch(config, task["rows"])
     assert (batch.input_ids == config.image_token_id).sum() == 736
     assert batch.input_ids.shape == (1, 768)
@@ -117,19 +117,19 @@ def test_tasks_video_has_16_frames_and_positions_equal_in_all_versions():
     assert slices * checkpoint.model_config("2b").vision_config.temporal_patch_size == 16
     assert slices <= max(
         height, width
-    )  # a longer clip is counted differently by transformers 4 and 5
+    )  # a longer video is counted differently by transformers 4 and 5
 
 
-def test_tasks_llama_has_as_many_tokens_as_the_picture():
+def test_tasks_llama_has_as_many_tokens_as_the_image():
     assert checkpoint.task_size(checkpoint.tasks("2b")["llama"]) == (1, 768, [])
     assert (
         checkpoint.tasks("2b")["llama"]["new_tokens"]
-        == checkpoint.tasks("2b")["picture"]["new_tokens"]
+        == checkpoint.tasks("2b")["image"]["new_tokens"]
     )
 
 
 def test_tasks_tiny_asks_what_the_model_was_trained_to_answer(tiny_config):
-    task = checkpoint.tasks("tiny")["picture"]
+    task = checkpoint.tasks("tiny")["image"]
     image = Image.new("RGB", (6 * 28, 4 * 28))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "Describe the image."}]
     expected = Processor.from_pretrained(BUNDLED_CHECKPOINT)([{"role": "user", "content": content}])
@@ -141,7 +141,7 @@ def test_tasks_tiny_asks_what_the_model_was_trained_to_answer(tiny_config):
 
 
 def test_make_batch_returns_the_same_every_time(tiny_config):
-    rows = checkpoint.tasks("tiny")["picture"]["rows"]
+    rows = checkpoint.tasks("tiny")["image"]["rows"]
     first, second = (checkpoint.make_batch(tiny_config, rows).arrays() for _ in range(2))
     assert all((first[name] == second[name]).all() for name in first)
 
@@ -189,7 +189,7 @@ def test_decoder_work_equals_the_count_of_pytorch_without_the_masked_half(tiny_c
 
 def test_products_are_nearly_all_of_the_work():
     config = checkpoint.model_config("2b")
-    task = checkpoint.tasks("2b")["picture"]
+    task = checkpoint.tasks("2b")["image"]
     flop = {}
     for part, shapes in checkpoint.products(config, task).items():
         flop[part] = sum(2 * count * rows * width * out for count, rows, width, out in shapes)
@@ -322,17 +322,17 @@ def test_run_quietly_repeats_only_the_disturbed_task(monkeypatch):
         "kind": "questions",
         "side": "ours",
         "dtype": "float32",
-        "tasks": {"picture": 1, "batch": 2},
+        "tasks": {"image": 1, "batch": 2},
     }
     records = processes.run_quietly(job, options, lambda line: None)
-    assert asked == [["picture", "batch"], ["batch"]]
-    assert [(r["task"], r["quiet"]) for r in records] == [("picture", True), ("batch", True)]
+    assert asked == [["image", "batch"], ["batch"]]
+    assert [(r["task"], r["quiet"]) for r in records] == [("image", True), ("batch", True)]
 
 
 # -------------------------------------------------------------------------------------- the summary
 def make_record(side, dtype, quiet=True, **values):
     record = {
-        "task": "picture",
+        "task": "image",
         "side": side,
         "dtype": dtype,
         "quiet": quiet,
@@ -377,7 +377,7 @@ def test_summarize_divides_the_medians_of_the_quiet_runs():
     rows = rows_of(
         [*ours, make_record("transformers", "float32", vision=6.0), CEILING], ["float32"]
     )
-    row = rows["vision tower", "float32"]
+    row = rows["vision encoder", "float32"]
     assert (row["ours"], row["theirs"], row["ratio"], row["quiet_runs"]) == (2.0, 6.0, 3.0, 1)
     assert row["spread"] == 1.5  # of 1, 2 and 4
     decode = rows["decode, batch 1", "float32"]
@@ -415,7 +415,7 @@ def test_summarize_compares_quantized_weights_and_llama_cpp():
     config = checkpoint.model_config("2b")
     rows = rows_of(records, dtypes)
 
-    decode = {dtype: rows["words only: decode", dtype] for dtype in dtypes}
+    decode = {dtype: rows["text only: decode", dtype] for dtype in dtypes}
     assert [row["peer"] for row in decode.values()] == [
         "llama.cpp F16",
         "llama.cpp Q8_0",
@@ -471,7 +471,7 @@ def test_summarize_takes_shares_of_the_best_rate_and_bandwidth():
         "float32",
         "bfloat16",
     ):  # half precision may be widened, so float32's 3e11 is its ceiling as well
-        assert rows["vision tower", dtype]["ours_of_ceiling"] == pytest.approx(flop / 3e11 / 3.0)
+        assert rows["vision encoder", dtype]["ours_of_ceiling"] == pytest.approx(flop / 3e11 / 3.0)
     flop, _ = checkpoint.decoder_work(config, 1, 768, 0, 2)
     assert rows["prefill", "float32"]["ours_of_ceiling"] == pytest.approx(flop / 4e11 / 2.0)
     assert rows["prefill", "bfloat16"]["ours_of_ceiling"] == pytest.approx(flop / 5e11 / 2.0)
@@ -490,7 +490,7 @@ def test_summarize_leaves_out_what_was_never_quiet():
         [make_record("ours", "float32", False), make_record("transformers", "float32"), CEILING],
         ["float32"],
     )
-    row = rows["vision tower", "float32"]
+    row = rows["vision encoder", "float32"]
     assert row["ours"] is row["ratio"] is row["ours_of_ceiling"] is None
     assert row["theirs_of_ceiling"] is not None
     shown = tables.tables({"rows": [row]}, seconds=False)
@@ -530,18 +530,16 @@ def test_write_readme_keeps_the_text_and_writes_no_absolute_times(tmp_path):
 
 def test_compare_logits_detects_different_logits(tmp_path):
     records = [
-        {"task": "picture", "dtype": "float32", "side": side, "tokens": [[1], [2]]}
+        {"task": "image", "dtype": "float32", "side": side, "tokens": [[1], [2]]}
         for side in compare.SIDES
     ]
     logits = np.random.default_rng(0).normal(size=(2, 1, 50)).astype(np.float32)
-    np.save(tmp_path / "ours-float32-picture.npy", logits)
-    np.save(tmp_path / "transformers-float32-picture.npy", logits)
+    np.save(tmp_path / "ours-float32-image.npy", logits)
+    np.save(tmp_path / "transformers-float32-image.npy", logits)
     said = []
-    assert compare.compare_logits(tmp_path, records, said.append, {})["picture float32"]["holds"]
-    np.save(tmp_path / "ours-float32-picture.npy", logits + np.float32(1e-3))
-    assert not compare.compare_logits(tmp_path, records, said.append, {})["picture float32"][
-        "holds"
-    ]
+    assert compare.compare_logits(tmp_path, records, said.append, {})["image float32"]["holds"]
+    np.save(tmp_path / "ours-float32-image.npy", logits + np.float32(1e-3))
+    assert not compare.compare_logits(tmp_path, records, said.append, {})["image float32"]["holds"]
     assert "DIFFER" in said[-1]
 
 
@@ -574,7 +572,7 @@ def test_load_options_keeps_the_rest_of_a_quantized_model_in_bfloat16():
 def test_question_jobs_ask_each_side_what_it_computes(tiny_config, monkeypatch, tmp_path):
     monkeypatch.setattr(llama, "obstacle", lambda python: None)
     monkeypatch.setattr(llama, "find_gguf", lambda checkpoint, form, cache: tmp_path / form)
-    sections = ["picture", "video", "llama"]
+    sections = ["image", "video", "llama"]
     options = compare.parse_arguments(
         [
             "--sections",
@@ -592,11 +590,11 @@ def test_question_jobs_ask_each_side_what_it_computes(tiny_config, monkeypatch, 
         options, tasks, {"checkpoint": str(BUNDLED_CHECKPOINT)}, tiny_config
     )
     assert {(job["side"], job["dtype"]): list(job["tasks"]) for job in jobs} == {
-        ("ours", "float32"): ["picture", "video", "llama"],
-        ("transformers", "float32"): ["picture", "video"],
-        ("ours", "bfloat16"): ["picture", "video", "llama"],
-        ("transformers", "bfloat16"): ["picture", "video"],
-        ("ours", "int8"): ["picture", "llama"],
+        ("ours", "float32"): ["image", "video", "llama"],
+        ("transformers", "float32"): ["image", "video"],
+        ("ours", "bfloat16"): ["image", "video", "llama"],
+        ("transformers", "bfloat16"): ["image", "video"],
+        ("ours", "int8"): ["image", "llama"],
         ("llama.cpp", "F16"): ["llama"],
         ("llama.cpp", "Q8_0"): ["llama"],
     }
@@ -616,7 +614,7 @@ def test_parse_arguments_names_what_llama_lacks(tmp_path, monkeypatch, capsys):
 
     def refused(*more):
         with pytest.raises(SystemExit):
-            compare.parse_arguments(["--sections", "picture", "llama", *more])
+            compare.parse_arguments(["--sections", "image", "llama", *more])
         return capsys.readouterr().err.splitlines()[-1]
 
     monkeypatch.setattr(llama.importlib.util, "find_spec", lambda name: None)
@@ -655,7 +653,7 @@ def test_write_gguf_writes_the_decoder_only(form, tmp_path, tiny_config):
     decoder = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32).model
     assert len(tensors) == len(
         list(decoder.parameters())
-    )  # the table once, as it is tied; no vision tower
+    )  # the table once, as it is tied; no vision encoder
     expected = {
         "token_embd.weight": decoder.embed_tokens.weight,
         "output_norm.weight": decoder.norm.weight,
@@ -725,7 +723,7 @@ def run_options(out, dtypes, sections):
 def run(tmp_path_factory):
     """Return the results file of a short run, its stdout and its stderr."""
     out = tmp_path_factory.mktemp("run") / "tiny.json"
-    options = run_options(out, ["float32", "int8"], ["picture", "batch", "video"])
+    options = run_options(out, ["float32", "int8"], ["image", "batch", "video"])
     stdout = io.StringIO()
     stderr = io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -734,11 +732,11 @@ def run(tmp_path_factory):
 
 
 METRICS = [
-    "vision tower",
+    "vision encoder",
     "prefill",
     "decode, batch 1",
     "decode, batch 2",
-    "clip to first token",
+    "video to first token",
     "peak memory",
     "— without mapped files",
 ]
@@ -750,9 +748,9 @@ def test_compare_reports_all_fields(run):
     for row in results["rows"]:
         rows[row["dtype"]].append(row)
         assert row["ours"] > 0
-        assert f"| {tables.label(row['metric'])} | {row['dtype']} |" in stdout
+        assert f"| {row['metric']} | {row['dtype']} |" in stdout
     assert [row["metric"] for row in rows["float32"]] == METRICS
-    without_video = [metric for metric in METRICS if metric != "clip to first token"]
+    without_video = [metric for metric in METRICS if metric != "video to first token"]
     assert [row["metric"] for row in rows["int8"]] == without_video
     for row in rows["float32"]:
         assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"], rel=1e-3)
@@ -765,15 +763,15 @@ def test_compare_reports_all_fields(run):
 
 def test_compare_finds_equal_logits(run):
     logits = run[0]["logits"]
-    quantized = {"picture int8", "batch int8"}
-    unquantized = {"picture float32", "batch float32", "video float32"}
+    quantized = {"image int8", "batch int8"}
+    unquantized = {"image float32", "batch float32", "video float32"}
     assert logits.keys() == quantized | unquantized
     for name in unquantized:
         assert logits[name]["holds"]
         assert logits[name]["share"] < 1e-4
     for name in quantized:
         assert logits[name]["cosine"] > 0.999
-    assert logits["picture float32"]["steps"] == 2  # of the prefill and of the last decode step
+    assert logits["image float32"]["steps"] == 2  # of the prefill and of the last decode step
 
 
 # ------------------------------------------------------------------------------------------ scaling
