@@ -7,8 +7,7 @@ The answer of Qwen2-VL has special tokens around names and corners:
 
     <|object_ref_start|>the red circle<|object_ref_end|><|box_start|>(120,340),(560,780)<|box_end|>
 
-Corners are (x,y) in thousandths of the image's width and height. A quad
-(`<|quad_start|>`) has four corners.
+Corners are (x,y) in thousandths of the image's width and height.
 Source: arXiv 2409.12191, section 2.2.
 """
 
@@ -25,11 +24,11 @@ import command_line
 from generate import choose_generation_config, generate
 from media import load_image, to_rgb
 
-GRID = 1000
-CORNERS = {"box": 2, "quad": 4}  # points of each
-MARKER = re.compile(r"<\|(object_ref|box|quad)_(start|end)\|>")
-POINT = r"\(\s*[0-9]{1,4}\s*,\s*[0-9]{1,4}\s*\)"
-POINTS = re.compile(rf"\s*{POINT}(?:[\s,]*{POINT})*\s*")
+GRID = 1000  # coordinates run from 0 to this
+# Kind, content and end token; that is "" where another special token or nothing follows.
+MARKED = re.compile(r"<\|(object_ref|box)_start\|>(.*?)(<\|\1_end\|>|(?=<\|)|$)", re.DOTALL)
+POINT = r"\(\s*([0-9]{1,4})\s*,\s*([0-9]{1,4})\s*\)"
+CORNERS = re.compile(rf"{POINT}[\s,]*{POINT}[\s,]*")
 
 
 class Box(NamedTuple):
@@ -41,65 +40,53 @@ class Box(NamedTuple):
     x2: int
     y2: int
 
-    def in_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """Return left, top, right and bottom in pixels, not rounded, within this image size."""
-        left, right = sorted(min(max(x, 0), GRID) / GRID * width for x in (self.x1, self.x2))
-        top, bottom = sorted(min(max(y, 0), GRID) / GRID * height for y in (self.y1, self.y2))
+    def in_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom in an image of this size, rounded to pixels."""
+        left = round(self.x1 * width / GRID)
+        top = round(self.y1 * height / GRID)
+        right = round(self.x2 * width / GRID)
+        bottom = round(self.y2 * height / GRID)
         return left, top, right, bottom
 
 
-def parse_corners(text: str, points: int) -> list[list[int]]:
-    """Return [x1, y1, x2, y2] of each box in "(x,y),(x,y)…", `points` to a box; [] if malformed."""
-    if not POINTS.fullmatch(text):
-        return []
-    numbers = [int(number) for number in re.findall("[0-9]+", text)]
-    size = 2 * points
-    if len(numbers) % size or max(numbers) > GRID:
-        return []
-    corners = []
-    for start in range(0, len(numbers), size):
-        xs = numbers[start : start + size : 2]
-        ys = numbers[start + 1 : start + size : 2]
-        corners.append([min(xs), min(ys), max(xs), max(ys)])
-    return corners
+def parse_boxes(label: str, text: str) -> list[Box]:
+    """Return the boxes in "(x1,y1),(x2,y2)…"; none where anything in it is malformed."""
+    boxes = []
+    for corners in CORNERS.findall(text):
+        x1, y1, x2, y2 = map(int, corners)
+        if max(x1, y1, x2, y2) > GRID:
+            return []
+        boxes.append(Box(label, min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return [] if CORNERS.sub("", text).strip() else boxes
 
 
 def find_boxes(text: str) -> list[Box]:
     """Return the boxes of an answer that was decoded with skip_special_tokens=False, in order.
 
-    A label holds for all boxes up to the next label; one pair of box tokens may hold several
-    boxes; a quad becomes its bounding box. Warns about and leaves out a box that is malformed or
-    cut off: anything but pairs of integers, a wrong number of them, and integers above 1000, which
-    come from a model with another scale.
+    A label holds for all boxes up to the next label, and one pair of box tokens may hold several
+    boxes. Warns about and leaves out what is malformed or cut off; integers above 1000 come from
+    a model with another scale.
     """
-    pieces = MARKER.split(text)  # text, then kind, edge and text of each marker
     label = ""
     boxes = []
-    for i in range(1, len(pieces), 3):
-        kind, edge, content = pieces[i : i + 3]
-        if edge == "end":
-            continue
+    for kind, content, end in MARKED.findall(text):
         if kind == "object_ref":
             label = " ".join(content.split())
             continue
-        closed = pieces[i + 3 : i + 5] == [kind, "end"]
-        found = parse_corners(content, CORNERS[kind]) if closed else []
-        if not found:
-            warnings.warn(
-                f"left out a malformed {kind} of the answer: {content!r:.80}", stacklevel=2
-            )
-        boxes += [Box(label, *corners) for corners in found]
+        marked_boxes = parse_boxes(label, content) if end else []
+        if not marked_boxes:
+            warnings.warn(f"left out a malformed box of the answer: {content!r:.80}", stacklevel=2)
+        boxes += marked_boxes
     return boxes
 
 
 def format_box(box: Box, width: int, height: int) -> str:
-    """Return one line in whole pixels: "the red circle: (12, 34) to (56, 78)"."""
-    left, top, right, bottom = (round(value) for value in box.in_pixels(width, height))
+    """Return one line in pixels: "the red circle: (12, 34) to (56, 78)"."""
+    left, top, right, bottom = box.in_pixels(width, height)
     prefix = f"{box.label}: " if box.label else ""
     return f"{prefix}({left}, {top}) to ({right}, {bottom})"
 
 
-# ------------------------------------------------------------------------------------------ drawing
 def printable_label(box: Box, number: int, font: ImageFont.FreeTypeFont) -> str:
     """Return the box's label, or, with a warning, its number if the font lacks a character."""
     missing = bytes(font.getmask("\U0010ffff"))  # the glyph for a character that no font has
@@ -117,7 +104,6 @@ def draw(image: Image.Image, boxes: list[Box]) -> Image.Image:
     width, height = image.size
     scale = math.sqrt(width * height)
     line = max(1, round(scale / 200))
-    edge = max(1, round(scale / 800))  # black, on both sides of a line
     font = ImageFont.load_default(max(10, round(scale / 36)))
     canvas = ImageDraw.Draw(image)
     labels = list(dict.fromkeys(box.label for box in boxes))
@@ -125,13 +111,11 @@ def draw(image: Image.Image, boxes: list[Box]) -> Image.Image:
         # Light colors, each with a contrast of at least 4.5 to black.
         color = f"hsl({137.5 * labels.index(box.label) % 360}, 100%, 70%)"
         left, top, right, bottom = box.in_pixels(width, height)
-        left = min(int(left), width - 1)
-        top = min(int(top), height - 1)
-        right = max(math.ceil(right) - 1, left)  # the last pixel inside
-        bottom = max(math.ceil(bottom) - 1, top)
-        outer = (left - edge, top - edge, right + edge, bottom + edge)
-        canvas.rectangle(outer, outline="black", width=line + 2 * edge)
-        canvas.rectangle((left, top, right, bottom), outline=color, width=line)
+        left = min(left, width - 1)
+        top = min(top, height - 1)
+        corners = (left, top, max(right - 1, left), max(bottom - 1, top))  # all inside the box
+        canvas.rectangle(corners, outline="black", width=line + 1)
+        canvas.rectangle(corners, outline=color, width=line)
         if not box.label:
             continue
         label = printable_label(box, number, font)
@@ -140,29 +124,20 @@ def draw(image: Image.Image, boxes: list[Box]) -> Image.Image:
         x = max(0, min(left, width - label_width))
         y = top - label_height  # above the box, or below it at the upper edge of the image
         if y < 0:
-            y = max(0, min(bottom + 1, height - label_height))
-        plate = (x, y, x + label_width, y + label_height)
-        canvas.rectangle(plate, fill=color, outline="black", width=edge)
+            y = min(bottom, height - label_height)
+        canvas.rectangle((x, y, x + label_width - 1, y + label_height - 1), fill=color)
         canvas.text((x + line, y), label, fill="black", font=font)
     return image
 
 
-# ------------------------------------------------------------------------------------------ program
 def check_image_path(path: str) -> None:
     """Raise ValueError for a suffix of no image format, FileNotFoundError for no directory."""
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format not in Image.SAVE:
-        raise ValueError(f"cannot write {path}: expected the suffix of an image format, as .png")
+        raise ValueError(
+            f"cannot write {path}: expected the suffix of an image format, such as .png"
+        )
     command_line.check_directory(path)
-
-
-def save(image: Image.Image, path: str) -> None:
-    """Write an image. Raises OSError with one sentence that names the path."""
-    try:
-        image.save(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write {path}: {reason}") from error
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -182,7 +157,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not boxes:
         warnings.warn(f"the answer has no box, so {arguments.out} is not written", stacklevel=2)
         return
-    save(draw(load_image(arguments.media[0]["image"]), boxes), arguments.out)
+    drawing = draw(load_image(arguments.media[0]["image"]), boxes)
+    with command_line.naming(arguments.out):
+        drawing.save(arguments.out)
 
 
 def main(argv: list[str] | None = None) -> int:

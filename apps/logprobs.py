@@ -2,14 +2,12 @@
 
     python -m apps.logprobs --image examples/shapes.png --prompt "Where is the red circle?"
 
-The probabilities are the model's own, the softmax of its logits in float32 (float64 for a
-float64 model): before the repetition penalty, temperature, top-k and top-p change them for
-sampling. Logarithms are natural.
+The probabilities are the model's own, the softmax of its logits in at least float32: before the
+repetition penalty, temperature, top-k and top-p change them for sampling. Logarithms are natural.
 """
 
 import argparse
 import math
-import re
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,7 +15,7 @@ from torch import Tensor
 import command_line
 from generate import choose_generation_config, generate_steps
 from qwen2vl import at_least_float32
-from tokenizer import BYTE_OF, Tokenizer
+from tokenizer import Tokenizer
 
 
 class TokenScore(NamedTuple):
@@ -33,57 +31,31 @@ def score_token(token: int, logits: Tensor, alternatives: int = 3) -> TokenScore
     """Return the score of a token that was chosen from logits [V]."""
     logprobs = at_least_float32(logits).log_softmax(-1)
     top = logprobs.topk(min(alternatives + 1, len(logprobs)))
-    others = []
-    for other, logprob in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        if other != token and len(others) < alternatives:
-            others.append((other, logprob))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    others = [(other, logprob) for other, logprob in pairs if other != token]
     rank = 1 + int((logprobs > logprobs[token]).sum())
-    return TokenScore(token, logprobs[token].item(), rank, others)
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    r"""Return a token with every character visible.
-
-    For example `' red'`, `'\n'`, `'é'<0xC3>`, `<|im_end|>`, `<no token>`.
-    Text is quoted as in Python; outside the quotes are bytes of an incomplete
-    UTF-8 character and special tokens.
-    """
-    name = tokenizer.backend.id_to_token(token)
-    if name is None:
-        return "<no token>"  # the published lm_head has more rows than the vocabulary has tokens
-    if token in tokenizer.special_ids:
-        return name
-    if any(character not in BYTE_OF for character in name):
-        return repr(name)
-    data = bytes(BYTE_OF[character] for character in name)
-    text = data.decode(errors="surrogateescape")  # an invalid byte becomes U+DC00 + byte
-    pieces = []
-    for piece in re.findall("[\udc80-\udcff]|[^\udc80-\udcff]+", text):
-        is_byte = "\udc80" <= piece[0] <= "\udcff"
-        pieces.append(f"<0x{ord(piece) - 0xDC00:02X}>" if is_byte else repr(piece))
-    return "".join(pieces)
+    return TokenScore(token, logprobs[token].item(), rank, others[:alternatives])
 
 
 def format_score(tokenizer: Tokenizer, score: TokenScore) -> str:
     """Return one line: token, id, probability, rank if it was not the first, alternatives."""
+    text = repr(tokenizer.decode(score.token, skip_special_tokens=False))
     rank = f"#{score.rank}" if score.rank > 1 else ""
-    text = token_text(tokenizer, score.token)
     line = f"{text:<18.18}{score.token:>7}{math.exp(score.logprob):>9.2%} {rank:<5}"
     for token, logprob in score.alternatives:
-        line += f" {token_text(tokenizer, token):<15.15}{math.exp(logprob):>7.2%}"
+        text = repr(tokenizer.decode(token, skip_special_tokens=False))
+        line += f" {text:<15.15}{math.exp(logprob):>7.2%}"
     return line.rstrip()
 
 
-def format_table(tokenizer: Tokenizer, scores: list[TokenScore]) -> list[str]:
-    """Return a header, one line per token, and the sum of logprobs with the perplexity.
-
-    Expects at least one token.
-    """
+def format_table(tokenizer: Tokenizer, scores: list[TokenScore]) -> str:
+    """Return a header, a line for each token, and the sum of logprobs with the perplexity."""
+    lines = [f"{'token':<18}{'id':>7}{'p':>9} rank  alternatives"]
+    lines += [format_score(tokenizer, score) for score in scores]
     total = sum(score.logprob for score in scores)
     perplexity = math.exp(-total / len(scores))
-    header = f"{'token':<18}{'id':>7}{'p':>9} rank  alternatives"
-    summary = f"{len(scores)} tokens, sum of logprobs {total:.4f}, perplexity {perplexity:.4f}"
-    return [header, *(format_score(tokenizer, score) for score in scores), summary]
+    lines.append(f"{len(scores)} tokens, sum of logprobs {total:.4f}, perplexity {perplexity:.4f}")
+    return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -95,17 +67,17 @@ def run(arguments: argparse.Namespace) -> None:
     for step in generate_steps(session.model, session.batch, arguments.max_new_tokens, config):
         scores.append(score_token(step.tokens[0], step.logits[0], arguments.alternatives))
     print(tokenizer.decode(score.token for score in scores), end="\n\n")
-    print("\n".join(format_table(tokenizer, scores)))
+    print(format_table(tokenizer, scores))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line.build_parser(
         "Print each token of an answer with its probability.", "python -m apps.logprobs"
     )
-    parser.add_argument("--alternatives", type=int, default=3, metavar="K", help="(default: 3)")
+    parser.add_argument(
+        "--alternatives", type=int, choices=range(21), default=3, metavar="K", help="(default: 3)"
+    )
     arguments = command_line.parse_arguments(parser, argv)
-    if arguments.alternatives < 0:
-        parser.error(f"--alternatives is {arguments.alternatives}, expected 0 or more")
     return command_line.run_main("apps.logprobs", run, arguments)
 
 
