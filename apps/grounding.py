@@ -40,13 +40,11 @@ class Box(NamedTuple):
     x2: int
     y2: int
 
-    def in_pixels(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """Return left, top, right and bottom in an image of this size, rounded to pixels."""
-        left = round(self.x1 * width / GRID)
-        top = round(self.y1 * height / GRID)
-        right = round(self.x2 * width / GRID)
-        bottom = round(self.y2 * height / GRID)
-        return left, top, right, bottom
+    def in_pixels(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom in an image of this size, in pixels, not rounded."""
+        x_scale = width / GRID
+        y_scale = height / GRID
+        return self.x1 * x_scale, self.y1 * y_scale, self.x2 * x_scale, self.y2 * y_scale
 
 
 def parse_boxes(label: str, text: str) -> list[Box]:
@@ -82,7 +80,7 @@ def find_boxes(text: str) -> list[Box]:
 
 def format_box(box: Box, width: int, height: int) -> str:
     """Return one line in pixels: "the red circle: (12, 34) to (56, 78)"."""
-    left, top, right, bottom = box.in_pixels(width, height)
+    left, top, right, bottom = map(round, box.in_pixels(width, height))
     prefix = f"{box.label}: " if box.label else ""
     return f"{prefix}({left}, {top}) to ({right}, {bottom})"
 
@@ -110,7 +108,7 @@ def draw(image: Image.Image, boxes: list[Box]) -> Image.Image:
     for number, box in enumerate(boxes, start=1):
         # Light colors, each with a contrast of at least 4.5 to black.
         color = f"hsl({137.5 * labels.index(box.label) % 360}, 100%, 70%)"
-        left, top, right, bottom = box.in_pixels(width, height)
+        left, top, right, bottom = map(round, box.in_pixels(width, height))
         left = min(left, width - 1)
         top = min(top, height - 1)
         corners = (left, top, max(right - 1, left), max(bottom - 1, top))  # all inside the box

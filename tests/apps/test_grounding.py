@@ -130,7 +130,7 @@ def test_find_boxes_reads_decoded_and_streamed_answers(name):
 
 def test_in_pixels_scales_to_the_whole_image():
     assert Box("", 0, 0, 1000, 1000).in_pixels(640, 480) == (0, 0, 640, 480)
-    assert CIRCLE.in_pixels(200, 50) == (24, 17, 112, 39)
+    assert CIRCLE.in_pixels(210, 50) == pytest.approx((25.2, 17, 117.6, 39))
 
 
 def test_format_box_rounds_to_pixels():
