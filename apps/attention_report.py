@@ -5,12 +5,11 @@
 After the answer the model runs once more over prompt and answer together, and a hook computes
 each layer's attention weights for the queries that chose a token of the answer; each is located
 one token before it. The result equals that of the cached decode steps, since a token attends only
-to itself and earlier tokens. No S×S matrix is held: only the rows of the answer, and of these
-only the columns of image tokens.
+to itself and earlier tokens. Only the weights of image tokens are kept.
 
 Size of the page: about one byte per layer, head, answer token and image token (0.6 to 1.3 measured:
-8 bits, deflated, in base64), plus the images as PNG or JPEG. Beyond MAX_WEIGHTS the heads of a
-layer are stored as their mean, and if that is not enough, the layers too, with a warning.
+8 bits, deflated, in base64), plus the images as JPEG. Beyond MAX_WEIGHTS the heads of a layer are
+stored as their mean, and if that is not enough, the layers too, with a warning.
 `attention_report.html` is the page without its data.
 
 Shapes: L layers, H heads, G key/value heads, D head width, S tokens of the prompt, A tokens of the
@@ -24,6 +23,7 @@ import json
 import warnings
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import command_line
-from apps.prompt_spans import Span, get_positions, prompt_text, split_prompt
+from apps.prompt_spans import Span, prompt_text, split_prompt
 from generate import choose_generation_config, generate
 from preprocess import Batch, Grid, ImageConfig, Processor
 from qwen2vl import Qwen2VL, apply_rotary_pos_emb, at_least_float32
@@ -42,7 +42,6 @@ ALTERNATIVES = 5  # most probable tokens shown for each token of the answer
 MAX_WEIGHTS = 16_000_000  # attention weights in one page
 
 
-# ---------------------------------------------------------------------------------------- attention
 @torch.inference_mode()
 def compute_attention(
     model: Qwen2VL, batch: Batch, answer: list[int], columns: list[int]
@@ -114,7 +113,6 @@ def pack_weights(weights: Tensor) -> str:
     return base64.b64encode(packed).decode()
 
 
-# ------------------------------------------------------------------------------------------- images
 def unpatchify(patches: np.ndarray, grid: Grid, config: ImageConfig) -> np.ndarray:
     """Invert normalization and `patchify`: [N, 3*tp*p*p] → frames uint8 [gt*tp, H, W, 3]."""
     gt, gh, gw = grid
@@ -131,103 +129,59 @@ def unpatchify(patches: np.ndarray, grid: Grid, config: ImageConfig) -> np.ndarr
     return x.round().clip(0, 255).astype(np.uint8)
 
 
-def encode_image(pixels: np.ndarray, image_format: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, image_format, **options)
-    return file.getvalue()
-
-
 def data_url(pixels: np.ndarray) -> str:
-    """Return uint8 [H, W, 3] as a data: URL: a PNG, or a JPEG where that is smaller (photos)."""
-    png = encode_image(pixels, "png", optimize=True)
-    jpeg = encode_image(pixels, "jpeg", quality=90)
-    if len(jpeg) < len(png):
-        return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    """Return uint8 [H, W, 3] as a data: URL of a JPEG image."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def describe_frames(span: Span, first_column: int, config: ImageConfig) -> list[dict]:
+def describe_frames(span: Span, first: int, config: ImageConfig) -> list[dict[str, Any]]:
     """Return what the page shows of one image, or of the first frame of each temporal slice.
 
-    first_column: the index of the span's first token among the T image tokens.
+    first: the index of the span's first token among the T image tokens.
     """
     media = span.media
     t, h, w = media.grid
     rows = h // config.merge_size
     cols = w // config.merge_size
     tp = config.temporal_patch_size
-    frames = unpatchify(media.patches, media.grid, config)
+    frames = unpatchify(media.patches, media.grid, config)[::tp]  # [t, H, W, 3]
     images = []
     for n in range(t):
         name = span.name
         if media.timestamps is not None:
-            seconds = media.timestamps[n * tp : (n + 1) * tp]
-            name += f", {seconds[0]:.2f} s"
-            if len(seconds) > 1:
-                name += f" to {seconds[-1]:.2f} s"
-        images.append(
-            {
-                "name": name,
-                "file": media.name,
-                "size": media.size,
-                "rows": rows,
-                "cols": cols,
-                "merge": config.merge_size,
-                "token": span.start + n * rows * cols,
-                "first": first_column + n * rows * cols,
-                "src": data_url(frames[n * tp]),
-            }
-        )
+            name += f", {media.timestamps[n * tp]:.2f} s"
+        image = {"name": name, "file": media.name, "size": media.size, "rows": rows, "cols": cols}
+        image["merge"] = config.merge_size
+        image["token"] = span.start + n * rows * cols
+        image["first"] = first + n * rows * cols
+        image["src"] = data_url(frames[n])
+        images.append(image)
     return images
 
 
-# --------------------------------------------------------------------------------------------- page
-def describe_answer(tokenizer: Tokenizer, answer: list[int], logits: Tensor) -> list[dict]:
-    """Return text, id, probability and alternatives of each token of the answer; logits [A, V]."""
+def describe_answer(
+    tokenizer: Tokenizer, answer: list[int], logits: Tensor
+) -> list[dict[str, Any]]:
+    """Return text, probability and alternatives of each token of the answer; logits [A, V]."""
     decoder = StreamDecoder(tokenizer, skip_special_tokens=False)
-    texts = [decoder.push(id) for id in answer]
-    texts[-1] += decoder.finish()
     tokens = []
-    for id, text, probabilities in zip(answer, texts, logits.softmax(-1), strict=True):
+    for id, probabilities in zip(answer, logits.softmax(-1), strict=True):
         top = probabilities.topk(min(ALTERNATIVES, len(probabilities)))
-        alternatives = []
-        for other, probability in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            alternatives.append([tokenizer.decode([other], False), probability])
-        probability = probabilities[id].item()
-        tokens.append(
-            {"text": text, "id": id, "probability": probability, "alternatives": alternatives}
-        )
+        texts = [tokenizer.decode(other, skip_special_tokens=False) for other in top.indices]
+        token = {"text": decoder.push(id), "probability": probabilities[id].item()}
+        token["alternatives"] = list(zip(texts, top.values.tolist(), strict=True))
+        tokens.append(token)
+    tokens[-1]["text"] += decoder.finish()
     return tokens
 
 
-def describe_positions(
-    spans: list[Span], images: list[dict], prompt_texts: list[str], answer_texts: list[str]
-) -> list[tuple[str, int, int]]:
-    """Return the rows of the position table as (name, first token, number of tokens).
-
-    A row is one token of text or one row of tokens of an image. prompt_texts:
-    the text of each of the S tokens.
-    """
-    table = []
-    for span in spans:
-        if span.media is None:
-            table += [(prompt_texts[i], i, 1) for i in range(span.start, span.end)]
-            continue
-        for image in images:
-            if span.start <= image["token"] < span.end:
-                for y in range(image["rows"]):
-                    first = image["token"] + y * image["cols"]
-                    table.append((f"{image['name']}, row {y + 1}", first, image["cols"]))
-    for n, text in enumerate(answer_texts):
-        table.append((text, len(prompt_texts) + n, 1))
-    return table
-
-
-def build_page_data(model: Qwen2VL, processor: Processor, batch: Batch, answer: list[int]) -> dict:
+def build_page_data(
+    model: Qwen2VL, processor: Processor, batch: Batch, answer: list[int]
+) -> dict[str, Any]:
     """Return all that the page shows, ready for JSON."""
-    tokenizer = processor.tokenizer
     spans = split_prompt(batch, model.config)
-    prompt = batch.input_ids[0].tolist()
     columns = []
     images = []
     for span in spans:
@@ -235,25 +189,14 @@ def build_page_data(model: Qwen2VL, processor: Processor, batch: Batch, answer: 
             images += describe_frames(span, len(columns), processor.image_config)
             columns += range(span.start, span.end)
     weights, logits = compute_attention(model, batch, answer, columns)
-    layers, heads = weights.shape[:2]
+    model_layers, model_heads = weights.shape[:2]
     weights = reduce_weights(weights)
-    tokens = describe_answer(tokenizer, answer, logits)
-
-    positions, _ = get_positions(model.config, batch, prompt + answer)  # [3, S + A]
-    prompt_texts = [tokenizer.decode([id], skip_special_tokens=False) for id in prompt]
-    answer_texts = [token["text"] for token in tokens]
-    table = []
-    for name, first, count in describe_positions(spans, images, prompt_texts, answer_texts):
-        ends = positions[:, [first, first + count - 1]].tolist()  # [3][2]: time, height, width
-        table.append({"name": name, "first": first, "count": count, "positions": ends})
     return {
         "prompt": prompt_text(processor, batch, spans),
-        "prompt_length": len(prompt),
-        "tokens": tokens,
+        "tokens": describe_answer(processor.tokenizer, answer, logits),
         "images": images,
-        "positions": table,
-        "model_layers": layers,
-        "model_heads": heads,
+        "model_layers": model_layers,
+        "model_heads": model_heads,
         "layers": weights.shape[0],  # of the stored weights: 1 for a mean
         "heads": weights.shape[1],
         "image_tokens": len(columns),
@@ -275,10 +218,8 @@ def write_report(
     # Inside a script element "</script>" would end it anywhere, also within an answer.
     data = data.replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
-    try:
+    with command_line.naming(str(path)):
         Path(path).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -16,9 +16,11 @@ import argparse
 import re
 import textwrap
 import time
-import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
 from typing import NamedTuple
 
 import torch
@@ -26,35 +28,23 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import command_line
-from apps.logprobs import format_table, score_token
-from apps.prompt_spans import Span, get_positions, prompt_text, split_prompt
-from generate import GenerationConfig, Step, choose_generation_config, generate_steps
+from apps.prompt_spans import prompt_text, split_prompt
+from generate import GenerationConfig, choose_generation_config, generate_steps
+from linear import Int4Linear, Int8Linear
 from preprocess import Batch, Processor
-from qwen2vl import Config, KVCache, Qwen2VL
-
-WIDTH = 110  # columns of a line of text
-MAX_ROWS = 10  # of a list; the middle of a longer one is left out
-VISION = ("visual.patch_embed", "visual.blocks", "visual.merger")
-DECODER = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
-TRACED = re.compile(
-    r"visual\.(patch_embed|blocks\.\d+|blocks\.0\..+|merger|merger\..+)"
-    r"|model\.(embed_tokens|layers\.\d+|layers\.0\..+|norm)|lm_head"
-)
+from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
 
 
-# -------------------------------------------------------------------------------------------- FLOPs
 def linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     """Return the FLOPs for x [..., in] and weight [out, in], also if that is packed along `in`."""
     return 2 * x.numel() * weight[0]
 
 
-def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: object, **__: object) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
 # Kernels of PyTorch on the CPU that its counter does not know.
 KERNEL_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)
+    ),
     torch.ops.aten._weight_int8pack_mm: linear_flops,
     torch.ops.aten._weight_int4pack_mm_for_cpu: linear_flops,
     torch.ops.aten.mv: lambda matrix, *_, **__: 2 * matrix.numel(),
@@ -64,102 +54,89 @@ if torch.backends.mkldnn.is_available():
     KERNEL_FLOPS[torch.ops.mkldnn._linear_pointwise] = linear_flops
 
 
-# ---------------------------------------------------------------------------------------- recording
-class Call(NamedTuple):
-    """One call of a module."""
+@dataclass
+class Call:
+    """One call of a module. Its cost is in FLOPs or in seconds."""
 
-    input_shape: list[int]
-    output_shape: list[int]
-    flops: int
-    seconds: float
+    name: str  # in the model
+    label: str  # in the module that calls it
+    module: nn.Module
+    depth: int  # how many modules are around it
+    cost: float
+    inner_cost: float = 0  # of the modules inside
+    shapes: str = ""
 
 
-class Recorder:
-    """Record the calls of a model's modules inside `with`, through forward hooks.
+@contextmanager
+def record_passes(model: Qwen2VL, measure: Callable[[], float]) -> Iterator[list[list[Call]]]:
+    """Within it, record the calls of each forward pass, in the order in which they begin.
 
-    calls: by module name, in the order of the checkpoint. cache: the KV cache
-    of the last call of the model.
+    measure: returns the FLOPs or seconds so far.
     """
+    passes: list[list[Call]] = []
+    running: list[Call] = []  # the outermost first
 
-    def __init__(self, model: Qwen2VL, counter: FlopCounterMode | None = None):
-        self.model = model
-        self.counter = counter
-        self.calls: dict[str, list[Call]] = {}
-        self.cache: KVCache | None = None
-        self.starts: list[tuple[int, float]] = []  # of the running modules, outermost first
-        self.handles = []
+    def start(name: str, module: nn.Module, inputs: tuple) -> None:
+        if not running:
+            passes.append([])
+        label = name.removeprefix(f"{running[-1].name}.") if running else "Qwen2VL"
+        running.append(Call(name, label, module, len(running), -measure()))
+        passes[-1].append(running[-1])
 
-    def __enter__(self) -> "Recorder":
-        self.handles.append(self.model.register_forward_pre_hook(self.keep_cache, with_kwargs=True))
-        for name, module in self.model.named_modules():
-            if TRACED.fullmatch(name) and list(module.parameters()):
-                self.calls[name] = []
-                finish = partial(self.finish, self.calls[name])
-                self.handles.append(module.register_forward_pre_hook(self.start))
-                self.handles.append(module.register_forward_hook(finish))
-        return self
+    def finish(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        call = running.pop()
+        call.cost += measure()
+        if running:
+            running[-1].inner_cost += call.cost
+            call.shapes = f"{list(inputs[0].shape)} → {list(output.shape)}"
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
+    handles = []
+    for name, module in model.named_modules():
+        is_inside_later_block = re.search(r"\.[1-9]\d*\.", name)
+        if is_inside_later_block or not list(module.parameters()):
+            continue
+        handles.append(module.register_forward_pre_hook(partial(start, name)))
+        handles.append(module.register_forward_hook(finish))
+    try:
+        yield passes
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def keep_cache(self, module: nn.Module, inputs: tuple, kwargs: dict) -> None:
-        self.cache = kwargs.get("cache")
-
-    def now(self) -> tuple[int, float]:
-        """Return the FLOPs counted so far and the time in seconds."""
-        device = self.model.model.norm.weight.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        flops = self.counter.get_total_flops() if self.counter else 0
-        return flops, time.perf_counter()
-
-    def start(self, module: nn.Module, inputs: tuple) -> None:
-        self.starts.append(self.now())
-
-    def finish(self, calls: list[Call], module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        flops, seconds = self.now()
-        start_flops, start_seconds = self.starts.pop()
-        shapes = (list(inputs[0].shape), list(output.shape))
-        calls.append(Call(*shapes, flops - start_flops, seconds - start_seconds))
 
 
 class Trace(NamedTuple):
-    """What was recorded of one question."""
+    """What was recorded of one question. The first pass is the prefill, then come decode steps."""
 
-    calls: dict[
-        str, list[Call]
-    ]  # of the vision encoder: images, videos; else: prefill, first decode step
-    steps: list[Step]
-    cache: KVCache
+    counted: list[list[Call]]  # the calls of the first two passes, in FLOPs
+    timed: list[list[Call]]  # the calls of all passes, in seconds
+    answer: list[int]  # token ids
 
 
 def record(
-    model: Qwen2VL, batch: Batch, max_new_tokens: int | None, config: GenerationConfig | None = None
+    model: Qwen2VL,
+    batch: Batch,
+    max_new_tokens: int | None = None,
+    config: GenerationConfig | None = None,
 ) -> Trace:
     """Answer a batch of one conversation twice: for the FLOPs, then for the time and the answer."""
     counter = FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS)
-    with counter, Recorder(model, counter) as counted:
+    with counter, record_passes(model, counter.get_total_flops) as counted:
         for _ in islice(generate_steps(model, batch, max_new_tokens, config), 2):
             pass  # the prefill and one decode step
-    with Recorder(model) as timed:
-        steps = list(generate_steps(model, batch, max_new_tokens, config))
-    calls = {}
-    for name in counted.calls:
-        pairs = zip(counted.calls[name], timed.calls[name], strict=False)
-        calls[name] = [call._replace(seconds=again.seconds) for call, again in pairs]
-        if calls[name] and calls[name][0].flops == 0 and is_linear(model.get_submodule(name)):
-            warnings.warn(f"FLOPs are too low: the kernel of {name} is not counted", stacklevel=2)
-    return Trace(calls, steps, timed.cache)
+    device = model.model.norm.weight.device
+
+    def seconds() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    with record_passes(model, seconds) as timed:
+        steps = generate_steps(model, batch, max_new_tokens, config)
+        answer = [step.tokens[0] for step in steps]
+    return Trace(counted, timed, answer)
 
 
-def is_linear(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding)
-
-
-# --------------------------------------------------------------------------------------------- text
-def format_count(number: int) -> str:
+def format_count(number: float) -> str:
     """Return "1,234,567", or "45.2 M", "1.2 G", "3.4 T" from ten million on."""
     if number < 1e7:
         return f"{number:,}"
@@ -170,143 +147,99 @@ def format_count(number: int) -> str:
     return f"{number / 1e12:,.1f} T"
 
 
-def abridge(lines: list[str]) -> list[str]:
-    if len(lines) <= MAX_ROWS:
-        return lines
-    half = MAX_ROWS // 2
-    return [*lines[:half], f"  … {len(lines) - 2 * half:,} more …", *lines[-half:]]
+def format_row(depth: int, label: str, shapes: str, parameters: str, flops: str, ms: str) -> str:
+    name = "  " * depth + label
+    return f"{name:<33}{shapes:<37}{parameters:>14}{flops:>11}{ms:>10}"
 
 
-def wrap(text: str) -> list[str]:
-    return abridge(textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="  "))
-
-
-def heading(title: str) -> str:
-    return f"{title:<33}{'shapes':<37}{'parameters':>14}{'FLOPs':>11}{'time (ms)':>10}"
-
-
-def format_row(name: str, call: Call, parameters: str = "") -> str:
-    shapes = f"{call.input_shape} → {call.output_shape}" if call.input_shape else ""
-    milliseconds = f"{1e3 * call.seconds:.2f}"
-    flops = format_count(call.flops)
-    return f"  {name:<31}{shapes:<37}{parameters:>14}{flops:>11}{milliseconds:>10}"
-
-
-def count_parameters(model: Qwen2VL, names: list[str]) -> str:
-    """Return the number of parameters of some modules, as stored.
-
-    A tied lm_head shares those of the embedding.
-    """
-    if names == ["lm_head"] and model.lm_head.weight is model.model.embed_tokens.weight:
+def count_parameters(model: Qwen2VL, calls: list[Call]) -> str:
+    """Return the number of parameters of the called modules, as stored."""
+    if calls[0].name == "lm_head" and model.config.tie_word_embeddings:
         return "tied"
-    total = sum(p.numel() for name in names for p in model.get_submodule(name).parameters())
-    return f"{total:,}"
+    return f"{sum(p.numel() for call in calls for p in call.module.parameters()):,}"
 
 
-def total_call(calls: list[Call]) -> Call:
-    """Return one call with the shapes of the first and the FLOPs and time of all."""
-    flops = sum(call.flops for call in calls)
-    return calls[0]._replace(flops=flops, seconds=sum(call.seconds for call in calls))
+def format_pass(model: Qwen2VL, title: str, counted: list[Call], timed: list[Call]) -> list[str]:
+    """Return the table of one pass: a line for each module, and one for all blocks but the first.
 
-
-def stage_modules(trace: Trace, stage: str) -> list[str]:
-    """Return the names of a stage's modules: "model.layers" → ["model.layers.0", …]."""
-    return [name for name in trace.calls if re.fullmatch(rf"{re.escape(stage)}(\.\d+)?", name)]
-
-
-def format_stage(model: Qwen2VL, trace: Trace, stage: str, n: int) -> list[str]:
-    """Return the lines of the n-th call of a stage and of the modules in its first block."""
-    names = stage_modules(trace, stage)
-    title = stage if names == [stage] else f"{stage}, {len(names)} of them"
-    total = total_call([trace.calls[name][n] for name in names])
-    lines = [format_row(title, total, count_parameters(model, names))]
-    for name in trace.calls:
-        if not name.startswith(f"{names[0]}."):
-            continue
-        call = trace.calls[name][n]
-        indent = "  " * (name.count(".") - names[0].count("."))
-        lines.append(
-            format_row(indent + name.rpartition(".")[2], call, count_parameters(model, [name]))
-        )
-        inside = [
-            trace.calls[child][n] for child in trace.calls if child.rpartition(".")[0] == name
-        ]
-        flops = call.flops - sum(child.flops for child in inside)
-        if inside and flops:  # of the attention itself, between the projections
-            seconds = call.seconds - sum(child.seconds for child in inside)
-            lines.append(format_row(f"{indent}  softmax(q kᵀ) v", Call([], [], flops, seconds)))
+    counted and timed: the same calls, in FLOPs and in seconds.
+    """
+    lines = [format_row(0, title, "shapes", "parameters", "FLOPs", "time (ms)")]
+    pairs = zip(counted, timed, strict=True)
+    for _, group in groupby(pairs, key=lambda pair: re.sub(r"\.[1-9]\d*$", "", pair[0].name)):
+        calls, timed_calls = zip(*group, strict=True)
+        first = calls[0]
+        label = first.label
+        if len(calls) > 1:
+            label += f" … {calls[-1].label}"
+        parameters = count_parameters(model, calls)
+        flops = sum(call.cost for call in calls)
+        shown_flops = format_count(flops)
+        if flops == 0 and isinstance(first.module, nn.Linear | Int8Linear | Int4Linear):
+            shown_flops = "unknown"  # of a kernel that is missing in KERNEL_FLOPS
+        ms = f"{1e3 * sum(call.cost for call in timed_calls):.2f}"
+        lines.append(format_row(first.depth + 1, label, first.shapes, parameters, shown_flops, ms))
+        attention_flops = first.cost - first.inner_cost
+        if first.inner_cost and attention_flops:  # between the projections
+            shown_flops = format_count(attention_flops)
+            ms = f"{1e3 * (timed_calls[0].cost - timed_calls[0].inner_cost):.2f}"
+            lines.append(format_row(first.depth + 2, "softmax(q kᵀ) v", "", "", shown_flops, ms))
     return lines
 
 
-def format_stages(
-    model: Qwen2VL, trace: Trace, title: str, stages: tuple[str, ...], n: int
-) -> list[str]:
-    """Return the table of the n-th call of some stages, [] if there was none.
-
-    The last line is their sum.
-    """
-    names = [name for stage in stages for name in stage_modules(trace, stage)]
-    if len(trace.calls[names[0]]) <= n:
-        return []
-    lines = [heading(title)]
-    for stage in stages:
-        lines += format_stage(model, trace, stage, n)
-    total = total_call([trace.calls[name][n] for name in names])
-    return [*lines, format_row("in total", total._replace(input_shape=[]))]
-
-
-def format_positions(config: Config, batch: Batch, spans: list[Span]) -> list[str]:
-    ids = batch.input_ids[0].tolist()
-    positions, delta = get_positions(config, batch, ids)
-    rows = []
-    for span in spans:
-        row = f"  {f'{span.start}…{span.end - 1}':<16}{span.name:<16}"
-        for axis in positions[:, span.start : span.end]:
-            row += f"{f'{axis.min()}…{axis.max()}':<14}"
-        rows.append(row.rstrip())
-    return [
-        f"POSITIONS   M-RoPE: position_ids [3, 1, {len(ids)}]",
-        f"  {'tokens':<16}{'':<16}{'time':<14}{'height':<14}width",
-        *abridge(rows),
-        f"  The answer continues at {len(ids) + delta} on all three axes; rope delta {delta}.",
-    ]
+def format_positions(config: Config, batch: Batch) -> list[str]:
+    """Return the table of the first and last position of each span of the prompt."""
+    inputs = {}
+    for name, array in batch.arrays().items():
+        if not name.startswith("pixel_values"):
+            inputs[name] = torch.as_tensor(array)
+    positions, rope_deltas = get_rope_index(config, **inputs)
+    lines = [f"POSITIONS   M-RoPE: position_ids {list(positions.shape)}"]
+    lines.append(f"  {'tokens':<16}{'':<16}{'time':<14}{'height':<14}width")
+    for span in split_prompt(batch, config):
+        line = f"  {f'{span.start}…{span.end - 1}':<16}{span.name:<16}"
+        for axis in positions[:, 0, span.start : span.end]:
+            line += f"{f'{axis.min()}…{axis.max()}':<14}"
+        lines.append(line.rstrip())
+    end = f"The answer continues at {positions.max() + 1} on all three axes"
+    return [*lines, f"  {end}; rope delta {rope_deltas.item()}."]
 
 
-def format_memory(model: Qwen2VL, cache: KVCache) -> list[str]:
+def format_memory(model: Qwen2VL, length: int) -> list[str]:
+    """Return what a decode step reads: the weights of the decoder and the cache of all tokens."""
     weights = [*model.model.layers.parameters(), *model.lm_head.parameters()]
-    size = cache.keys.nbytes + cache.values.nbytes
+    dtype = model.model.norm.weight.dtype
+    cache = KVCache(model.config, 1, length, torch.device("meta"), dtype)
     return [
         f"MEMORY   a decode step reads {sum(p.nbytes for p in weights):,} bytes of weights",
-        f"  KV cache: {size:,} bytes, keys and values {list(cache.keys.shape)} each, "
-        f"{cache.length:,} tokens filled",
+        f"  KV cache of {length:,} tokens: {2 * cache.keys.nbytes:,} bytes, keys and values "
+        f"{list(cache.keys.shape)} each",
     ]
 
 
 def format_trace(model: Qwen2VL, processor: Processor, batch: Batch, trace: Trace) -> str:
     """Return the whole trace as text."""
-    spans = split_prompt(batch, model.config)
-    prompt = prompt_text(processor, batch, spans).replace("\n", "⏎")
     weight = model.model.norm.weight
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    inputs = [f"  {name} {x.dtype} {list(x.shape)}" for name, x in batch.arrays().items()]
     media = [f"  {media.summary(processor.image_config)}" for media in batch.media]
-    tokens = [step.tokens[0] for step in trace.steps]
-    scores = [score_token(step.tokens[0], step.logits[0], 1) for step in trace.steps]
-    header, *rows, summary = format_table(processor.tokenizer, scores)
+    inputs = [f"  {name} {x.dtype} {list(x.shape)}" for name, x in batch.arrays().items()]
+    length = batch.input_ids.shape[1]
+    prompt = prompt_text(processor, batch, split_prompt(batch, model.config)).rstrip()
     sections = [
-        [f"MODEL   {parameters:,} parameters, {weight.dtype} on {weight.device}"],
-        [f"INPUTS   {len(media)} images and videos", *abridge(media), *inputs],
-        [f"PROMPT   {batch.input_ids.shape[1]:,} tokens", *wrap(prompt)],
-        format_positions(model.config, batch, spans),
-        format_stages(model, trace, "VISION ENCODER", VISION, 0),
-        format_stages(model, trace, "VISION ENCODER, VIDEOS", VISION, 1),
-        format_stages(model, trace, "DECODER, PREFILL", DECODER, 0),
-        format_stages(model, trace, "DECODER, FIRST DECODE STEP", DECODER, 1),
-        format_memory(model, trace.cache),
-        [f"ANSWER   {len(tokens):,} tokens", *wrap(processor.tokenizer.decode(tokens))],
-        [header, *abridge(rows), summary],
+        [f"MODEL   {weight.dtype} on {weight.device}, {model.attn_implementation} attention"],
+        [f"INPUTS   {len(media)} images and videos", *media, *inputs],
+        [f"PROMPT   {length:,} tokens", textwrap.indent(prompt, "  ")],
+        format_positions(model.config, batch),
+        format_pass(model, "PREFILL", trace.counted[0], trace.timed[0]),
     ]
-    return "\n\n".join("\n".join(lines) for lines in sections if lines)
+    if len(trace.counted) > 1:
+        decode = (trace.counted[1], trace.timed[1])
+        sections.append(format_pass(model, "FIRST DECODE STEP", *decode))
+    answer = textwrap.indent(processor.tokenizer.decode(trace.answer), "  ")
+    sections += [
+        format_memory(model, length + len(trace.answer) - 1),
+        [f"ANSWER   {len(trace.answer):,} tokens", answer],
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections)
 
 
 def run(arguments: argparse.Namespace) -> None:

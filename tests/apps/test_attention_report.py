@@ -30,7 +30,6 @@ from apps import attention_report
 from apps.attention_report import (
     TEMPLATE,
     compute_attention,
-    data_url,
     main,
     pack_weights,
     unpatchify,
@@ -39,7 +38,6 @@ from apps.attention_report import (
 from generate import generate_steps, stream
 from media import load_image
 from preprocess import ImageConfig, normalize, patchify, resize
-from qwen2vl import get_rope_index
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -184,7 +182,7 @@ def test_write_report_stores_the_numbers_of_the_model(tmp_path, tiny, processor,
     weights, logits = compute_attention(tiny, batch, ids, columns)
     if media:
         assert np.abs(unpack_weights(data) - weights.numpy()).max() <= 1 / 510
-    assert (data["image_tokens"], data["prompt_length"]) == (len(columns), len(prompt))
+    assert data["image_tokens"] == len(columns)
     assert "".join(token["text"] for token in data["tokens"]) == processor.tokenizer.decode(
         ids, False
     )
@@ -196,21 +194,6 @@ def test_write_report_stores_the_numbers_of_the_model(tmp_path, tiny, processor,
         assert token["alternatives"][0][0] == processor.tokenizer.decode(
             [probabilities.argmax()], False
         )
-
-    arrays = (np.array([prompt + ids]), batch.image_grid_thw, batch.video_grid_thw)
-    positions, _ = get_rope_index(
-        tiny.config, *(None if x is None else torch.as_tensor(x) for x in arrays)
-    )
-    expected = []
-    for row in data["positions"]:  # within a row of an image only the width increases
-        assert [low == high for low, high in row["positions"][:2]] == [True, True]
-        assert row["positions"][2][1] - row["positions"][2][0] == row["count"] - 1
-        assert row["first"] == len(expected)
-        expected += [
-            [row["positions"][0][0], row["positions"][1][0], row["positions"][2][0] + x]
-            for x in range(row["count"])
-        ]
-    assert expected == positions[:, 0].T.tolist()
 
     placeholders = [
         i
@@ -228,38 +211,22 @@ def test_write_report_makes_a_small_self_contained_page(tmp_path, tiny, processo
     assert len(text.encode()) < 150_000
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"[\w+/=]{100,}", "", text))
     assert "default-src 'none'" in text
-    assert all(
-        image["src"].startswith(("data:image/png;", "data:image/jpeg;")) for image in data["images"]
-    )
+    assert all(image["src"].startswith("data:image/jpeg;base64,") for image in data["images"])
 
 
 def open_data_url(url):
     return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
 
 
-def test_data_url_of_a_photograph_is_a_jpeg():
-    grain = np.random.default_rng(0).normal(0, 9, (140, 196, 3))
-    photo = (np.linspace(40, 200, 196)[:, None] + grain).clip(0, 255).astype(np.uint8)
-    url = data_url(photo)
-    assert url.startswith("data:image/jpeg;base64,")
-    assert np.abs(np.asarray(open_data_url(url)) - photo.astype(float)).mean() < 10
-
-
 def test_write_report_shows_images_as_the_model_gets_them(tmp_path, tiny, processor):
     _, data, batch, _ = make_page(tmp_path / "page.html", tiny, processor, ("shapes", 5))
-    drawn, *frames = (open_data_url(image["src"]) for image in data["images"])
-    assert (
-        np.asarray(drawn) == resize(load_image(EXAMPLES / "shapes.png"), processor.image_config)
-    ).all()
-    frames_of_video = unpatchify(
-        batch.media[1].patches, batch.media[1].grid, processor.image_config
-    )
-    assert (np.stack(frames) == frames_of_video[::2]).all()  # the first of each pair
-    assert [image["name"] for image in data["images"]][1:] == [
-        "video 1, 0.00 s to 0.50 s",
-        "video 1, 1.00 s to 1.50 s",
-        "video 1, 2.00 s",
-    ]
+    images = [np.asarray(open_data_url(image["src"]), float) for image in data["images"]]
+    shapes = resize(load_image(EXAMPLES / "shapes.png"), processor.image_config)
+    video = unpatchify(batch.media[1].patches, batch.media[1].grid, processor.image_config)
+    for shown, expected in zip(images, [shapes, *video[::2]], strict=True):  # first of each pair
+        assert np.abs(shown - expected).mean() < 2  # levels of 256
+    names = [image["name"] for image in data["images"]]
+    assert names == ["image 1", "video 1, 0.00 s", "video 1, 1.00 s", "video 1, 2.00 s"]
 
 
 HOSTILE = "</script><script>document.title = 'ha'</script><!--"
@@ -508,11 +475,6 @@ def test_page_arrow_keys_step_between_tokens(browser, pages):
     )  # the focus is visible
     assert browser.text("#status").startswith(f"Token 3 of {len(data['tokens'])}, ")
     assert percent(data["tokens"][2]["probability"]) in browser.text("#status")
-    marked = browser.js(
-        "[...document.querySelectorAll('tr.marked td')].map(cell => cell.textContent)"
-    )
-    row = data["positions"][-len(data["tokens"]) + 2]
-    assert marked[1:] == [str(row["first"]), *(str(low) for low, _ in row["positions"])]
     alternatives = browser.js(
         "[...document.querySelectorAll('#alternatives tbody tr')].map(r => r.textContent)"
     )
@@ -537,18 +499,15 @@ def test_page_steps_scroll_the_boxes_only(browser, tmp_path, tiny, processor):
         "const item = {item}.getBoundingClientRect(); "
         "return item.top >= box.top && item.bottom <= box.bottom })()"
     )
-    parts = [
-        ("document.querySelector('#answer')", "document.querySelector('[aria-selected=true]')"),
-        ("document.querySelector('.scroll')", "document.querySelector('tr.marked')"),
-    ]
+    inside = inside.replace("{box}", "document.querySelector('#answer')")
+    inside = inside.replace("{item}", "document.querySelector('[aria-selected=true]')")
     browser.hover("document.querySelectorAll('[role=option]')[185]")
     assert browser.js(SELECTED) == 185
     browser.js("window.scrollTo(0, 0)")
     # The mouse does not move; tokens that scroll under it are not selected.
     for keys in (["ArrowLeft"], ["End"], ["Home"]):
         browser.press(*keys)
-        for box, item in parts:
-            assert browser.js(inside.replace("{box}", box).replace("{item}", item)), keys
+        assert browser.js(inside), keys
         assert browser.js("window.scrollY") == 0
         browser.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         assert browser.js(SELECTED) == {"ArrowLeft": 184, "End": 199, "Home": 0}[keys[0]]
@@ -558,12 +517,12 @@ def test_page_steps_scroll_the_boxes_only(browser, tmp_path, tiny, processor):
 def test_page_tab_order_follows_the_layout(browser, pages):
     browser.open(pages["two images"][0])
     stops = []
-    for _ in range(8):
+    for _ in range(7):
         browser.press("Tab")
         stops.append(
             browser.js("document.activeElement.id || document.activeElement.getAttribute('role')")
         )
-    assert stops == ["option", "layer", "head", "show-heat", "show-grid", "img", "img", "region"]
+    assert stops == ["option", "layer", "head", "show-heat", "show-grid", "img", "img"]
 
 
 @pytest.mark.browser
@@ -634,16 +593,11 @@ def test_page_describes_an_image_token_by_mouse_and_keys(browser, pages):
     def check_place(y, x, selected=1):
         shown_text = browser.text("#place")
         token = image["token"] + y * cols + x
-        [row] = [r for r in data["positions"] if r["first"] <= token < r["first"] + r["count"]]
-        (t, _), (h, _), (w, _) = row["positions"]
-        assert (
-            f"row {y + 1}, column {x + 1}: token {token}, "
-            f"position time {t}, height {h}, width {w + x};" in shown_text
-        )
+        assert f"row {y + 1}, column {x + 1}: token {token}, " in shown_text
         assert close_to(
-            re.search(r"; (.*%)", shown_text)[1], weights[selected, image["first"] + y * cols + x]
+            re.search(r"token \d+, (.*%)", shown_text)[1],
+            weights[selected, image["first"] + y * cols + x],
         )
-        assert browser.text("tr.pointed td") == row["name"]
 
     browser.hover("document.querySelectorAll('.heat')[1]", (2 + 0.5) / cols, (1 + 0.5) / rows)
     check_place(1, 2)
@@ -683,7 +637,7 @@ def test_main_checks_the_directory_before_loading_the_model(capsys, tmp_path, mo
 
 def test_write_report_names_the_path_in_its_error(tmp_path, tiny, processor):
     batch = make_conversation(processor)
-    with pytest.raises(OSError, match=f"^cannot write {re.escape(str(tmp_path))}: "):
+    with pytest.raises(OSError, match=f"Is a directory: .*{re.escape(str(tmp_path))}"):
         write_report(tmp_path, tiny, processor, batch, [7])
     full = tmp_path / "page.html"
     full.symlink_to("/dev/full")

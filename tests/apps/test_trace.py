@@ -3,6 +3,7 @@
 import contextlib
 import re
 
+import numpy as np
 import pytest
 import torch
 from example_batches import CASES, load_tiny, make_conversation, make_small_batch, make_video
@@ -11,16 +12,7 @@ from helpers import SHAPES, our_model, random_weights, small_config
 import command_line
 from apps import trace as trace_module
 from apps.prompt_spans import split_prompt
-from apps.trace import (
-    DECODER,
-    VISION,
-    Recorder,
-    format_count,
-    format_trace,
-    main,
-    record,
-    stage_modules,
-)
+from apps.trace import format_count, format_trace, main, record, record_passes
 from command_line import BUNDLED_CHECKPOINT
 from generate import stream
 from qwen2vl import get_rope_index
@@ -28,8 +20,18 @@ from qwen2vl import get_rope_index
 EXAMPLES = BUNDLED_CHECKPOINT.parent.parent / "examples"
 
 
+VISION = ("visual.patch_embed", "visual.blocks", "visual.merger")
+DECODER = ("model.embed_tokens", "model.layers", "model.norm", "lm_head")
+
+
+def calls_of(trace, stage, n):
+    """Return the calls of a stage, all layers of "model.layers", in the n-th pass."""
+    name = re.compile(rf"{re.escape(stage)}(\.\d+)?")
+    return [call for call in trace.counted[n] if name.fullmatch(call.name)]
+
+
 def flops_of(trace, stage, n):
-    return sum(trace.calls[name][n].flops for name in stage_modules(trace, stage))
+    return sum(call.cost for call in calls_of(trace, stage, n))
 
 
 # -------------------------------------------------------------------------------------------- FLOPs
@@ -60,7 +62,7 @@ def test_record_counts_the_flops_computed_by_hand(attn_implementation, dtype):
     }
     step = 2 * (8_192 + 2 * 4_096 + 4 * 64 * 14 + 8_192 + 3 * 6_144)
     assert flops_of(trace, "model.layers", 1) == step
-    assert len(trace.steps) == 3
+    assert len(trace.answer) == 3
 
 
 def test_record_counts_attention_within_the_frames_of_a_video():
@@ -68,12 +70,9 @@ def test_record_counts_attention_within_the_frames_of_a_video():
     model = our_model(config, random_weights(config))
     batch = make_small_batch(config, [("video", 3, 2, 2), ("image", 1, 2), 2])
     trace = record(model, batch, 1)
-    for n, pairs in enumerate((8 * 8, 3 * 16 * 16)):  # of queries and keys; images first
-        calls = {
-            name: trace.calls[f"visual.blocks.0.attn{name}"][n] for name in ("", ".qkv", ".proj")
-        }
-        rest = calls[""].flops - calls[".qkv"].flops - calls[".proj"].flops
-        assert rest == 4 * 32 * pairs
+    images, videos = [c for c in trace.counted[0] if c.name == "visual.blocks.0.attn"]
+    assert images.cost - images.inner_cost == 4 * 32 * 8 * 8  # queries · keys
+    assert videos.cost - videos.inner_cost == 4 * 32 * 3 * 16 * 16
 
 
 def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
@@ -91,15 +90,19 @@ def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_record_counts_the_kernels_of_each_dtype_like_those_of_float64(dtype, processor):
     batch = make_conversation(processor, "shapes")
-    expected = record(load_tiny(torch.float64), batch, 2).calls
-    for name, calls in record(load_tiny(dtype), batch, 2).calls.items():
-        assert [call.flops for call in calls] == [call.flops for call in expected[name]], name
+    expected = record(load_tiny(torch.float64), batch, 2).counted
+    counted = record(load_tiny(dtype), batch, 2).counted
+    for calls, expected_calls in zip(counted, expected, strict=True):
+        for call, expected_call in zip(calls, expected_calls, strict=True):
+            assert (call.name, call.cost) == (expected_call.name, expected_call.cost)
 
 
-def test_record_warns_about_a_kernel_that_is_not_counted(tiny, processor, monkeypatch):
+def test_format_trace_names_a_kernel_that_is_not_counted(tiny, processor, monkeypatch):
+    batch = make_conversation(processor)
+    assert "unknown" not in format_trace(tiny, processor, batch, record(tiny, batch, 1))
     monkeypatch.setattr(trace_module, "KERNEL_FLOPS", {})
-    with pytest.warns(UserWarning, match="the kernel of .* is not counted"):
-        record(tiny, make_conversation(processor), 1)
+    text = format_trace(tiny, processor, batch, record(tiny, batch, 1))
+    assert re.search(r"^ +q_proj .*  unknown ", text, re.M)
 
 
 # ---------------------------------------------------------------------------------------- recording
@@ -111,27 +114,34 @@ def hooks_of(model):
 
 def test_record_gives_the_answer_of_stream_and_removes_its_hooks(tiny, processor):
     batch = make_conversation(processor, "shapes")
-    tokens = [step.tokens for step in record(tiny, batch, 4).steps]
-    assert tokens == list(stream(tiny, batch, 4))
+    assert [[token] for token in record(tiny, batch, 4).answer] == list(stream(tiny, batch, 4))
     assert not hooks_of(tiny)
-    with contextlib.suppress(KeyError), Recorder(tiny):
+    with contextlib.suppress(KeyError), record_passes(tiny, lambda: 0):
         assert hooks_of(tiny)
         raise KeyError
     assert not hooks_of(tiny)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stages_hold_all_parameters_of_the_model(shape):
+def test_record_has_a_call_of_each_parameter(shape):
     config = SHAPES[shape]
     model = our_model(config, random_weights(config))
     batch = make_small_batch(config, [2, ("image", 1, 1), 1])
     trace = record(model, batch, 1)
     parameters = set()
     for stage in (*VISION, *DECODER):
-        for name in stage_modules(trace, stage):
-            parameters |= {id(p) for p in model.get_submodule(name).parameters()}
-            assert trace.calls[name][0].seconds > 0
+        for call in calls_of(trace, stage, 0):
+            parameters |= {id(p) for p in call.module.parameters()}
     assert parameters == {id(p) for p in model.parameters()}
+
+
+def test_record_times_each_call_with_the_calls_inside(tiny, processor):
+    trace = record(tiny, make_conversation(processor, "small"), 3)
+    assert len(trace.timed) == 3
+    for calls in trace.timed:
+        assert [call.depth for call in calls[:2]] == [0, 1]
+        for call in calls:
+            assert 0 <= call.inner_cost < call.cost
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -142,20 +152,16 @@ def test_format_trace_shows_the_numbers_of_the_model(tiny, processor, media):
     batch = make_conversation(processor, *media)
     trace = record(tiny, batch, 20)
     text = format_trace(tiny, processor, batch, trace)
-    titles = re.findall(r"^([A-Z]{3}[A-Z ,]*?)(?:   | *$|  +shapes)", text, re.M)
-    vision = []
-    if media:
-        vision.append("VISION ENCODER")
-    if batch.pixel_values is not None and batch.pixel_values_videos is not None:
-        vision.append("VISION ENCODER, VIDEOS")
-    decoder = ["DECODER, PREFILL", "DECODER, FIRST DECODE STEP", "MEMORY", "ANSWER"]
-    assert titles == ["MODEL", "INPUTS", "PROMPT", "POSITIONS", *vision, *decoder]
+    titles = re.findall(r"^([A-Z]{3}[A-Z ]*?)(?:   |  +shapes)", text, re.M)
+    passes = ["PREFILL", "FIRST DECODE STEP"]
+    sections = ["MODEL", "INPUTS", "PROMPT", "POSITIONS", *passes, "MEMORY", "ANSWER"]
+    assert titles == sections
+    vision_runs = (batch.pixel_values is not None) + (batch.pixel_values_videos is not None)
+    assert len(re.findall(r"^    visual  +\[", text, re.M)) == vision_runs
 
     length = batch.input_ids.shape[1]
     assert f"PROMPT   {length:,} tokens" in text
-    assert (
-        f"MODEL   {sum(p.numel() for p in tiny.parameters()):,} parameters, torch.float32" in text
-    )
+    assert "MODEL   torch.float32 on cpu, sdpa attention" in text
     for name, x in batch.arrays().items():
         assert f"  {name} {x.dtype} {list(x.shape)}\n" in text
     arrays = (batch.input_ids, batch.image_grid_thw, batch.video_grid_thw)
@@ -169,12 +175,23 @@ def test_format_trace_shows_the_numbers_of_the_model(tiny, processor, media):
         row = rf"^  {span.start}…{span.end - 1} +{span.name} +{spans}$"
         assert re.search(row, text, re.M)
     cache = (
-        f"{2 * 4 * (length + 20) * 64 * 4:,} bytes, keys and values [4, 1, 2, {length + 20}, 32]"
+        f"{2 * 4 * (length + 19) * 64 * 4:,} bytes, keys and values [4, 1, 2, {length + 19}, 32]"
     )
-    assert f"KV cache: {cache} each, {length + 19:,} tokens filled" in text
-    flops = sum(flops_of(trace, stage, 0) for stage in DECODER)
-    assert re.search(rf"^  in total +{re.escape(format_count(flops))} ", text, re.M)
-    assert f"\n{len(trace.steps)} tokens, sum of logprobs " in text
+    assert f"KV cache of {length + 19:,} tokens: {cache} each" in text
+    flops = sum(flops_of(trace, stage, 1) for stage in DECODER)
+    parameters = sum(p.numel() for p in tiny.parameters())
+    total = rf"^  Qwen2VL +{parameters:,} +{re.escape(format_count(flops))} "
+    assert re.search(total, text.partition("FIRST DECODE STEP")[2], re.M)
+
+
+def test_format_trace_adds_up_the_later_blocks(tiny, processor):
+    batch = make_conversation(processor, "small")
+    trace = record(tiny, batch, 1)
+    text = format_trace(tiny, processor, batch, trace)
+    later = calls_of(trace, "model.layers", 0)[1:]
+    parameters = sum(p.numel() for p in tiny.model.layers[1:].parameters())
+    row = rf"^      layers\.1 … layers\.3 .* {parameters:,} +"
+    assert re.search(row + re.escape(format_count(sum(c.cost for c in later))), text, re.M)
 
 
 def test_format_trace_shows_an_answer_of_one_token_without_a_decode_step(tiny, processor):
@@ -201,21 +218,26 @@ def test_format_count_adds_a_unit_from_ten_million_on(number, text):
 # ---------------------------------------------------------------------------------- prompt in spans
 
 
-def test_split_prompt_refuses_what_does_not_fit(tiny, processor):
+def test_split_prompt_separates_adjacent_videos(tiny, processor):
+    batch = make_conversation(processor, "small", 4)
+    video = make_video(processor, 4)
+    start = [span.start for span in split_prompt(batch, tiny.config) if span.media][1]
+    batch.media.append(video)
+    video_ids = batch.input_ids[:, start : start + 48]
+    batch.input_ids = np.concatenate((batch.input_ids[:, :start], video_ids, video_ids), axis=1)
+    spans = split_prompt(batch, tiny.config)
+    assert [span.name for span in spans[3:5]] == ["video 1", "video 2"]
+    assert [(span.start, span.end) for span in spans[3:5]] == [
+        (start, start + 48),
+        (start + 48, start + 96),
+    ]
+    assert spans[4].media is video
+
+
+def test_split_prompt_refuses_several_conversations(tiny, processor):
     two = processor([[{"role": "user", "content": text}] for text in ("One", "Two")])
     with pytest.raises(ValueError, match="expected one conversation, got a batch of 2"):
         split_prompt(two, tiny.config)
-    batch = make_conversation(processor, "small")
-    original = batch.media
-    batch.media = original * 2
-    with pytest.raises(ValueError, match="1 images or videos have no placeholders"):
-        split_prompt(batch, tiny.config)
-    batch.media = []
-    with pytest.raises(ValueError, match="belong to no image or video"):
-        split_prompt(batch, tiny.config)
-    batch.media = [make_video(processor, 2)]
-    with pytest.raises(ValueError, match=r"expected 24 placeholders for walk\.mp4, got 6"):
-        split_prompt(batch, tiny.config)
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -225,7 +247,7 @@ def test_main_prints_the_trace(capsys):
     arguments = ["--image", str(EXAMPLES / "shapes.png"), "--max-new-tokens", "2", "--quiet"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert out.startswith("MODEL   2,776,256 parameters")
+    assert out.startswith("MODEL   torch.bfloat16 on cpu")
     assert err == ""
 
 
