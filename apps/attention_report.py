@@ -8,7 +8,7 @@ one token before it. The result equals that of the cached decode steps, since a 
 to itself and earlier tokens. Only the weights of image tokens are kept.
 
 Size of the page: about one byte per layer, head, answer token and image token (0.6 to 1.3 measured:
-8 bits, deflated, in base64), plus the images as JPEG. Beyond MAX_WEIGHTS the heads of a layer are
+8 bits, deflated, in base64), plus the images as PNG. Beyond MAX_WEIGHTS the heads of a layer are
 stored as their mean, and if that is not enough, the layers too, with a warning.
 `attention_report.html` is the page without its data.
 
@@ -130,10 +130,10 @@ def unpatchify(patches: np.ndarray, grid: Grid, config: ImageConfig) -> np.ndarr
 
 
 def data_url(pixels: np.ndarray) -> str:
-    """Return uint8 [H, W, 3] as a data: URL of a JPEG image."""
+    """Return uint8 [H, W, 3] as a data: URL of a PNG image."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "jpeg", quality=90, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    Image.fromarray(pixels).save(file, "png", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def describe_frames(span: Span, first: int, config: ImageConfig) -> list[dict[str, Any]]:
@@ -189,14 +189,11 @@ def build_page_data(
             images += describe_frames(span, len(columns), processor.image_config)
             columns += range(span.start, span.end)
     weights, logits = compute_attention(model, batch, answer, columns)
-    model_layers, model_heads = weights.shape[:2]
     weights = reduce_weights(weights)
     return {
         "prompt": prompt_text(processor, batch, spans),
         "tokens": describe_answer(processor.tokenizer, answer, logits),
         "images": images,
-        "model_layers": model_layers,
-        "model_heads": model_heads,
         "layers": weights.shape[0],  # of the stored weights: 1 for a mean
         "heads": weights.shape[1],
         "image_tokens": len(columns),

@@ -154,7 +154,7 @@ def format_row(depth: int, label: str, shapes: str, parameters: str, flops: str,
 
 def count_parameters(model: Qwen2VL, calls: list[Call]) -> str:
     """Return the number of parameters of the called modules, as stored."""
-    if calls[0].name == "lm_head" and model.config.tie_word_embeddings:
+    if calls[0].name == "lm_head" and model.lm_head.weight is model.model.embed_tokens.weight:
         return "tied"
     return f"{sum(p.numel() for call in calls for p in call.module.parameters()):,}"
 

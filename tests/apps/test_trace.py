@@ -184,6 +184,15 @@ def test_format_trace_shows_the_numbers_of_the_model(tiny, processor, media):
     assert re.search(total, text.partition("FIRST DECODE STEP")[2], re.M)
 
 
+def test_format_trace_marks_a_tied_head_but_not_a_quantized_one(tiny, processor):
+    batch = make_conversation(processor, "small")
+    heads = []
+    for model in (tiny, load_tiny(quantize="int8")):
+        text = format_trace(model, processor, batch, record(model, batch, 1))
+        heads += re.findall(r"^    lm_head .*\] +(\S+) ", text, re.M)
+    assert heads == ["tied", f"{545 * 129:,}"]
+
+
 def test_format_trace_adds_up_the_later_blocks(tiny, processor):
     batch = make_conversation(processor, "small")
     trace = record(tiny, batch, 1)
