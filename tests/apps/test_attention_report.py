@@ -259,6 +259,13 @@ def test_write_report_shows_a_character_at_its_last_token(tmp_path, tiny, proces
     assert [token["text"] for token in data["tokens"]] == ["", "é", "", "", "", "😀"]
 
 
+def test_write_report_shows_that_an_answer_ends_within_a_character(tmp_path, tiny, processor):
+    batch, ids = make_conversation(processor), processor.tokenizer.encode("é")[:1]
+    write_report(tmp_path / "page.html", tiny, processor, batch, ids)
+    data = page_data((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert [token["text"] for token in data["tokens"]] == ["\ufffd"]
+
+
 def test_write_report_refuses_an_empty_answer(tmp_path, tiny, processor):
     with pytest.raises(ValueError, match="at least one token"):
         write_report(tmp_path / "page.html", tiny, processor, make_conversation(processor), [])
