@@ -62,7 +62,7 @@ class Call:
     label: str  # in the module that calls it
     module: nn.Module
     depth: int  # how many modules are around it
-    cost: float
+    cost: float  # while the call runs: minus what was measured at its start
     inner_cost: float = 0  # of the modules inside
     shapes: str = ""
 
