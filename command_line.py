@@ -37,13 +37,17 @@ BUNDLED_NOTE = "(for photographs and real questions: --model Qwen/Qwen2-VL-2B-In
 
 
 # ------------------------------------------------------------------------------------------ options
-def build_parser(description: str, program: str | None = None) -> argparse.ArgumentParser:
-    """Return a parser with the options of every program that answers a question.
+def build_parser(
+    description: str, program: str | None = None, has_question: bool = True
+) -> argparse.ArgumentParser:
+    """Return a parser with the options of every program that answers questions.
 
     program: how it is called, where that is not the name of its file.
+    has_question: whether options give the question; else the program reads questions from a file.
     """
     parser = argparse.ArgumentParser(program, description=description)
-    add_question_options(parser)
+    if has_question:
+        add_question_options(parser)
     add_media_options(parser)
     add_model_options(parser)
     add_sampling_options(parser)
@@ -151,6 +155,17 @@ def add_debug_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the programs that read a file of questions: batch and estimate."""
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        metavar="N",
+        help="how many questions of a file are answered together (default: 8)",
+    )
+
+
 def check_debug_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """End with one sentence and exit code 2 where the options of `add_debug_options` conflict."""
     if arguments.cuda_graph and arguments.debug_nan:
@@ -199,11 +214,10 @@ def parse_arguments(
         problem = "expected --image, --video or --prompt, got none of them"
     if problem is not None:
         parser.error(problem)
-    encoding = sys.getfilesystemencoding()
-    if arguments.prompt is not None:
-        arguments.prompt = recover_utf8(arguments.prompt, encoding)
-    if arguments.system is not None:
-        arguments.system = recover_utf8(arguments.system, encoding)
+    for name in ("prompt", "system"):
+        text = getattr(arguments, name, None)
+        if text is not None:
+            setattr(arguments, name, recover_utf8(text, sys.getfilesystemencoding()))
     return arguments
 
 
@@ -212,8 +226,8 @@ def number_problem(arguments: argparse.Namespace) -> str | None:
 
     `GenerationConfig` checks those of sampling.
     """
-    for name in ("max_new_tokens", "min_pixels", "max_pixels", "nframes"):
-        value = getattr(arguments, name)
+    for name in ("max_new_tokens", "min_pixels", "max_pixels", "nframes", "batch_size"):
+        value = getattr(arguments, name, None)  # not each program has a batch size
         if value is not None and value < 1:
             return f"--{name.replace('_', '-')} is {value}, expected 1 or more"
     if arguments.fps is not None and not (arguments.fps > 0 and math.isfinite(arguments.fps)):

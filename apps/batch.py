@@ -2,9 +2,8 @@
 
     python -m apps.batch questions.jsonl --out answers.jsonl
 
-A line is a conversation in any layout that `conversations.py` reads: a list of messages, or an
-object with `messages` and, optionally, `images` and an `id`, which is copied to the answer. Blank
-lines are skipped. Each line gives one record, written as soon as it is done:
+A line is a conversation in any layout that `conversations.py` reads, perhaps with an `id`. Blank
+lines are skipped. Each other line gives one record, written as soon as it is done:
 
     {"line": 1, "id": "a", "answer": "A cat.", "tokens_in": 91, "tokens_out": 4, "finished": true,
      "sha256": "…"}
@@ -18,25 +17,21 @@ together, so that there is little padding. That changes an answer by rounding at
 answers are those of each conversation alone. With --seed, line n draws with seed + n - 1, whatever
 it is answered with.
 
-A second run continues: lines that have an answer are skipped, whichever options it was made with.
-Lines with an error are tried again (the file may be there by now) and their records replaced; a
-half-written record is dropped. An answer never is: where an answered line is not the one that its
-record was made from, nothing is done.
+A second run continues: lines that have an answer are skipped, whichever options it was made with,
+and lines with an error are tried again. Where the answers are not those of this file of questions,
+nothing is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 from torch import Tensor
 from tqdm import tqdm
@@ -72,11 +67,9 @@ def check_paths(path: str, out: str) -> None:
     command_line.check_directory(out)
     if os.path.exists(out) and not os.path.isfile(out):
         raise ValueError(f"--out is {out}, expected a file")
-    if os.path.exists(out) and os.path.samefile(out, path):
-        raise ValueError(f"--out is the file of the questions, {path}, expected another one")
 
 
-def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines of a file that are not blank, with their numbers from 1."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
@@ -84,127 +77,63 @@ def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def digest(line: bytes) -> str:
+def line_hash(line: bytes) -> str:
     """Return 16 hexadecimal digits that distinguish a line from others."""
     return hashlib.sha256(line.strip()).hexdigest()[:16]
 
 
-def resume(path: str, out: str) -> tuple[dict[int, str], int]:
-    """Reduce the file `out` to its complete answers.
+def read_answers(out: str) -> dict[int, dict]:
+    """Return the records in `out` that have an answer as {line: record}.
 
-    Return them as {line: hash of the question}, and the number of questions in `path`. Raises
-    ValueError, and leaves `out` as it is, if it holds anything that was not written here, or
-    answers to other questions.
+    Raises ValueError for anything that was not written here, but a record that was half written
+    when a run was killed.
     """
-    target = os.path.realpath(out)
-    reduced = Path(target + ".new")
-    try:
-        answered = copy_answers(out, reduced)
-        total = check_answered(path, out, answered)
-        os.replace(reduced, target)
-    finally:
-        reduced.unlink(missing_ok=True)
-    return answered, total
+    answers: dict[int, dict] = {}
+    if not os.path.exists(out):
+        return answers
+    for number, line in numbered_lines(out):
+        if not line.endswith(b"\n") and RECORD_START.startswith(line[: len(RECORD_START)]):
+            logger.warning("%s: its last record is only half written and is dropped", out)
+            break
+        try:
+            record = json.loads(line)
+            question_line = record["line"]
+            if "error" in record:
+                continue
+            if question_line in answers or "sha256" not in record:
+                raise ValueError("expected one answer to each line, with the hash of its question")
+            answers[question_line] = record
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"line {number} of {out} is no record of apps.batch: expected another --out"
+            ) from error
+    return answers
 
 
-def copy_answers(out: str, reduced: Path) -> dict[int, str]:
-    """Copy the answers of `out`, which may be missing, to `reduced`; return {line: hash}."""
-    answered: dict[int, str] = {}
-    with open(reduced, "wb") as file:
-        if not os.path.exists(out):
-            return answered
-        for number, line in lines(out):
-            if is_half_written(line):
-                logger.warning("%s: its last record is only half written and is dropped", out)
-                break
-            try:
-                record = parse_record(line)
-                if record["line"] in answered:
-                    raise ValueError("a second answer to one question")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"line {number} of {out} is no record of apps.batch: expected another --out"
-                ) from error
-            if "error" not in record:
-                answered[record["line"]] = record["sha256"]
-                file.write(line)
-    return answered
-
-
-def is_half_written(line: bytes) -> bool:
-    """Return whether a line is the start of a record whose end is missing."""
-    return not line.endswith(b"\n") and RECORD_START.startswith(line[: len(RECORD_START)])
-
-
-def parse_record(line: bytes) -> dict:
-    """Return a record as `RecordWriter` writes them. Raises ValueError for anything else."""
-    record = json.loads(line)
-    if not line.endswith(b"\n") or not isinstance(record, dict):
-        raise ValueError("expected a JSON object and a line end")
-    if not isinstance(record.get("line"), int):
-        raise ValueError("expected the number of a line")
-    if "error" not in record and not isinstance(record.get("sha256"), str):
-        raise ValueError("expected an error or a hash")
-    return record
-
-
-def check_answered(path: str, out: str, answered: dict[int, str]) -> int:
+def count_questions(path: str, out: str, answers: dict[int, dict]) -> int:
     """Return the number of questions in `path`. Raises ValueError where `out` answers others."""
     total = 0
-    missing = set(answered)
-    for number, line in lines(path):
+    unmatched = set(answers)
+    for number, line in numbered_lines(path):
         total += 1
-        missing.discard(number)
-        if number in answered and answered[number] != digest(line):
+        unmatched.discard(number)
+        if number in answers and answers[number]["sha256"] != line_hash(line):
             raise ValueError(
                 f"line {number} of {path} is not the one that {out} answers: expected another --out"
             )
-    if missing:
+    if unmatched:
         raise ValueError(
-            f"{out} answers line {min(missing)} of {path}, which is not there: "
-            "expected another --out"
+            f"{out} answers line {min(unmatched)}, which {path} lacks: expected another --out"
         )
     return total
 
 
-class ProgressStream:
-    """Stderr for the progress bar; a closed or full one loses the bar and no answer."""
-
-    def write(self, text: str) -> None:
-        """Write text, if possible."""
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        """Write what is buffered, if possible."""
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-
-    @property
-    def encoding(self) -> str | None:
-        """The encoding, by which tqdm chooses the characters of its bar."""
-        return getattr(sys.stderr, "encoding", None)
-
-
-class RecordWriter:
-    """Writes records to the file of answers, each at once, and counts them."""
-
-    def __init__(self, file: TextIO, progress: tqdm):
-        self.file = file
-        self.progress = progress
-        self.answers = 0
-        self.errors = 0
-
-    def write(self, record: dict) -> None:
-        """Write one record, with an answer or an error."""
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
-        if "error" in record:
-            self.errors += 1
-        else:
-            self.answers += 1
-        self.progress.set_postfix(errors=self.errors, refresh=False)
-        self.progress.update()
+def write_record(file: IO[bytes], record: dict) -> None:
+    """Write one record, so that it is not lost when the process is killed."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    # Lone surrogates, as in a file name that is not UTF-8, become what JSON has for them: \udc80.
+    file.write(line.encode(errors="backslashreplace"))
+    file.flush()
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -213,16 +142,16 @@ class Question:
     """A line of the file, with its images and videos read."""
 
     record: dict  # of its answer, as far as it is known: `line`, perhaps `id`, `error` if unusable
-    sha256: str
+    sha256: str = ""
     messages: list[dict] = field(default_factory=list)  # with a Media for each image and video
     length: int = 0  # of the prompt in tokens
     size: int = 0  # of the patches in bytes
 
 
-def questions(
-    path: str | Path,
+def read_questions(
+    path: str,
     processor: Processor,
-    video_options: dict | None = None,
+    video_options: dict,
     add_vision_id: bool = False,
     answered: Container[int] = (),
 ) -> Iterator[Question]:
@@ -231,48 +160,41 @@ def questions(
     video_options: fps or nframes of videos that have neither. A line that cannot be used is a
     Question whose record has an `error`.
     """
-    for number, line in lines(path):
+    for number, line in numbered_lines(path):
         if number in answered:
             continue
-        question = Question({"line": number}, digest(line))
+        question = Question({"line": number}, line_hash(line))
         try:
             content = json.loads(line.rstrip().decode("utf-8-sig"))
-            read_question(question, content, processor, video_options or {}, add_vision_id)
+            if isinstance(content, dict) and "id" in content:
+                question.record["id"] = content["id"]
+            question.messages = read_messages(content, processor, video_options)
+            batch = processor([question.messages], add_vision_id=add_vision_id)
+            question.length = batch.input_ids.shape[1]
+            question.size = sum(media.patches.nbytes for media in batch.media)
         except json.JSONDecodeError as error:
             question.record["error"] = f"the line is not JSON: {error.msg} at column {error.colno}"
         except Exception as error:  # a line costs its own record and nothing else
-            sentence = command_line.error_sentence(error)
-            if sentence is None:
-                sentence = f"the line cannot be used: {type(error).__name__}: {error}"
-            question.record["error"] = sentence
+            unexpected = f"the line cannot be used: {type(error).__name__}: {error}"
+            question.record["error"] = command_line.error_sentence(error) or unexpected
         yield question
 
 
-def read_question(
-    question: Question,
-    content: object,
-    processor: Processor,
-    video_options: dict,
-    add_vision_id: bool,
-) -> None:
-    """Read a conversation and its images and videos into `question`.
+def read_messages(content: object, processor: Processor, video_options: dict) -> list[dict]:
+    """Return the messages of a parsed line, with a Media for each image and video.
 
-    content: the parsed JSON of the line. Raises what `read_conversation` and the processor raise.
+    Raises what `read_conversation` and the processor raise.
     """
-    if isinstance(content, dict) and "id" in content:
-        question.record["id"] = content["id"]
-    messages = read_conversation(content)
+    messages = []
+    for message in read_conversation(content):
+        items = [read_item(item, processor, video_options) for item in message["content"]]
+        messages.append(message | {"content": items})
     if not messages:
         raise ValueError("expected a list of messages, got an empty one")
-    for message in messages:
-        items = [read_media(item, processor, video_options) for item in message["content"]]
-        question.messages.append(message | {"content": items})
-    batch = processor([question.messages], add_vision_id=add_vision_id)
-    question.length = batch.input_ids.shape[1]
-    question.size = sum(media.patches.nbytes for media in batch.media)
+    return messages
 
 
-def read_media(item: dict, processor: Processor, video_options: dict) -> dict:
+def read_item(item: dict, processor: Processor, video_options: dict) -> dict:
     """Return a content item with its image or video read."""
     kind = content_kind(item)
     if kind == "text":
@@ -282,15 +204,15 @@ def read_media(item: dict, processor: Processor, video_options: dict) -> dict:
     return {"type": kind, kind: processor.prepare(item)}
 
 
-def groups(asked: Iterable[Question], size: int) -> Iterator[list[Question]]:
+def groups(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
     """Yield groups of at most `size` questions of similar length.
 
-    They come window after window, each window from its longest prompt to its shortest. A window is
-    WINDOW groups, or as many questions as reach WINDOW_BYTES; no more than one is held in memory.
+    They come window after window. A window is WINDOW groups, or as many questions as reach
+    WINDOW_BYTES; no more than one is held in memory.
     """
     window: list[Question] = []
     held_bytes = 0
-    for question in asked:
+    for question in questions:
         window.append(question)
         held_bytes += question.size
         if len(window) == WINDOW * size or held_bytes >= WINDOW_BYTES:
@@ -301,12 +223,10 @@ def groups(asked: Iterable[Question], size: int) -> Iterator[list[Question]]:
 
 
 def split(window: list[Question], size: int) -> Iterator[list[Question]]:
-    """Yield the questions of a window in groups, and let go of each group when it is done."""
+    """Yield the questions of a window in groups, from the longest prompt to the shortest."""
     window.sort(key=lambda question: -question.length)
-    while window:
-        group = window[:size]
-        del window[:size]
-        yield group
+    for start in range(0, len(window), size):
+        yield window[start : start + size]
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -327,9 +247,14 @@ class Answerer:
         Where memory does not suffice for the group, or one of it has logits that are not finite,
         those without an answer are asked again one by one: only the cause gives an error record.
         """
-        waiting = {question.record["line"]: question for question in group}
+        waiting = {}
+        for question in group:
+            if "error" in question.record:
+                yield question.record
+            else:
+                waiting[question.record["line"]] = question
         try:
-            for record in self.group_answers(group):
+            for record in self.batch_answers(list(waiting.values())):
                 del waiting[record["line"]]
                 yield record
             return
@@ -337,36 +262,31 @@ class Answerer:
             sentence = command_line.error_sentence(error)
             if sentence is None:
                 raise
-        if len(group) == 1:
-            yield group[0].record | {"error": sentence}
-            return
         for question in waiting.values():
-            yield from self.answers([question])
+            if len(group) == 1:
+                yield question.record | {"error": sentence}
+            else:
+                yield from self.answers([question])
 
-    def group_answers(self, group: list[Question]) -> Iterator[dict]:
-        """Yield the records of a group in one batch. Raises what `stream` raises."""
-        conversations = [question.messages for question in group]
+    def batch_answers(self, questions: list[Question]) -> Iterator[dict]:
+        """Yield the records of questions in one batch. Raises what `stream` raises."""
+        if not questions:
+            return
+        conversations = [question.messages for question in questions]
         batch = self.processor(conversations, add_vision_id=self.add_vision_id)
         limits = new_token_limits(self.model, batch, self.max_new_tokens)
-        ends = eos_token_ids(self.model)
-        steps = stream(
-            self.model, batch, self.max_new_tokens, self.group_config(group), decode=self.decode
-        )
-        answers: list[list[int]] = [[] for _ in group]
-        running = set(range(len(group)))
-        for tokens in steps:
+        end_ids = eos_token_ids(self.model)
+        config = self.config
+        if config.seed is not None:
+            config = replace(config, seed=[config.seed + q.record["line"] - 1 for q in questions])
+        answers: list[list[int]] = [[] for _ in questions]
+        running = set(range(len(questions)))
+        for tokens in stream(self.model, batch, self.max_new_tokens, config, decode=self.decode):
             for i in sorted(running):
                 answers[i].append(tokens[i])
-                if tokens[i] in ends or len(answers[i]) == limits[i]:
+                if tokens[i] in end_ids or len(answers[i]) == limits[i]:
                     running.remove(i)
-                    yield self.record(group[i], answers[i], finished=tokens[i] in ends)
-
-    def group_config(self, group: list[Question]) -> GenerationConfig:
-        """Return the generation config of a group, in which each line has its own seed."""
-        seed = self.config.seed
-        if seed is None:
-            return self.config
-        return replace(self.config, seed=[seed + question.record["line"] - 1 for question in group])
+                    yield self.record(questions[i], answers[i], finished=tokens[i] in end_ids)
 
     def record(self, question: Question, ids: list[int], finished: bool) -> dict:
         """Return the record of an answer."""
@@ -385,43 +305,37 @@ def answer_file(
     out: str,
     batch_size: int = 8,
     video_options: dict | None = None,
-    quiet: bool = False,
 ) -> None:
     """Answer each line of the file `path` that has no answer in `out` yet.
 
-    A line that cannot be asked becomes an error record, and what fails in one conversation costs
-    only its own record. Raises ValueError or OSError with one sentence for unusable files.
+    What fails in one conversation costs only its own record. Raises ValueError or OSError with one
+    sentence for unusable files.
     """
-    check_paths(path, out)
-    answered, total = resume(path, out)
-    # Lone surrogates, as in a file name that is not UTF-8, are written as JSON writes them: \udc80.
-    with (
-        command_line.naming(out),
-        open(out, "a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-        tqdm(
-            total=total,
-            initial=len(answered),
-            unit=" lines",
-            disable=quiet,
-            file=ProgressStream(),
-        ) as progress,
-    ):
-        writer = RecordWriter(file, progress)
-        asked = questions(path, answerer.processor, video_options, answerer.add_vision_id, answered)
-        for group in groups(without_errors(asked, writer), batch_size):
+    answers = read_answers(out)
+    total = count_questions(path, out, answers)
+    target = os.path.realpath(out)
+    with command_line.naming(out), open(target + ".new", "wb") as file:
+        for record in answers.values():
+            write_record(file, record)
+    os.replace(target + ".new", target)  # at once, so that no answer is lost
+
+    questions = read_questions(
+        path, answerer.processor, video_options or {}, answerer.add_vision_id, answers
+    )
+    quiet = not logger.isEnabledFor(logging.INFO)
+    progress = tqdm(total=total, initial=len(answers), unit=" lines", disable=quiet)
+    errors = 0
+    written = 0
+    with progress, command_line.naming(out), open(out, "ab") as file:
+        for group in groups(questions, batch_size):
             for record in answerer.answers(group):
-                writer.write(record)
-    counts = f"{writer.answers} answers, {writer.errors} errors"
-    logger.info("%s: %s, %d were there already", out, counts, len(answered))
-
-
-def without_errors(asked: Iterable[Question], writer: RecordWriter) -> Iterator[Question]:
-    """Yield the questions that can be asked; write the records of the others."""
-    for question in asked:
-        if "error" in question.record:
-            writer.write(question.record)
-        else:
-            yield question
+                write_record(file, record)
+                written += 1
+                errors += "error" in record
+                progress.set_postfix(errors=errors, refresh=False)
+                progress.update()
+    counts = f"{written - errors} answers, {errors} errors"
+    logger.info("%s: %s, %d were there already", out, counts, len(answers))
 
 
 # ------------------------------------------------------------------------------------------ program
@@ -446,15 +360,15 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.out,
             arguments.batch_size,
             command_line.video_options(arguments),
-            arguments.quiet,
         )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Return the options, checked. Exits with code 2 as argparse does."""
-    parser = argparse.ArgumentParser(
+    parser = command_line.build_parser(
+        "Answer a file of conversations about images and videos with Qwen2-VL.",
         "python -m apps.batch",
-        description="Answer a file of conversations about images and videos with Qwen2-VL.",
+        has_question=False,
     )
     parser.add_argument(
         "questions", metavar="QUESTIONS.jsonl", help="the conversations, one on each line"
@@ -465,26 +379,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="ANSWERS.jsonl",
         help="where the answers are added; lines that have one there are not answered again",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="conversations that are answered together (default: 8)",
-    )
-    command_line.add_media_options(parser)
-    command_line.add_model_options(parser)
-    command_line.add_sampling_options(parser)
+    command_line.add_batch_size_option(parser)
     command_line.add_debug_options(parser)
-    parser.add_argument(
-        "--quiet", action="store_true", help="print nothing but warnings and errors"
-    )
-    arguments = parser.parse_args(argv)
-    problem = command_line.number_problem(arguments)
-    if arguments.batch_size < 1:
-        problem = f"--batch-size is {arguments.batch_size}, expected 1 or more"
-    if problem is not None:
-        parser.error(problem)
+    arguments = command_line.parse_arguments(parser, argv, needs_question=False)
     command_line.check_debug_options(parser, arguments)
     return arguments
 

@@ -19,21 +19,17 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 import command_line
-import rope_types
 from generate import (
     GenerationConfig,
     choose_decode_step,
@@ -44,7 +40,7 @@ from generate import (
     new_token_limits,
     stream,
 )
-from preprocess import Batch, Media, Processor
+from preprocess import Processor
 from qwen2vl import KVCache, Qwen2VL
 from tokenizer import StreamDecoder, content_kind
 
@@ -61,23 +57,15 @@ Ctrl-C stops an answer. A line that begins with // is a question that begins wit
 
 
 # --------------------------------------------------------------------------------- the conversation
-class Attachment(NamedTuple):
-    """An image or video for the next question."""
+def read_attachment(processor: Processor, item: dict) -> dict:
+    """Return a content item with its image or video read, and the one that was given.
 
-    item: dict  # its content item as it was given, such as {"type": "image", "image": "a.png"}
-    media: Media
-
-    def content_item(self) -> dict:
-        """Return the item for the Processor, which keeps what was given for `Chat.save`."""
-        kind = content_kind(self.item)
-        return {"type": kind, kind: self.media, "original": self.item}
-
-
-def read_attachment(processor: Processor, item: dict) -> Attachment:
-    """Read an image or video. Raises what `Processor.prepare` raises."""
-    attachment = Attachment(item, processor.prepare(item))
-    logger.info(attachment.media.summary(processor.image_config))
-    return attachment
+    Raises what `Processor.prepare` raises.
+    """
+    kind = content_kind(item)
+    media = processor.prepare(item)
+    logger.info(media.summary(processor.image_config))
+    return {"type": kind, kind: media, "original": item}
 
 
 class Chat:
@@ -99,18 +87,15 @@ class Chat:
         self.max_new_tokens = max_new_tokens
         self.add_vision_id = add_vision_id
         self.decode = decode
-        self.messages: list[dict] = []  # as the Processor reads them, see `Attachment.content_item`
-        self.pending: list[Attachment] = []  # for the next question
-        self.computed: Batch | None = None  # of the last turn: the ids and media not in the cache
+        self.messages: list[dict] = []  # as the Processor reads them, see `read_attachment`
+        self.pending: list[dict] = []  # images and videos for the next question
+        self.prompt_tokens = 0  # that the last turn ran through the model
         self.drop_cache()
 
     def drop_cache(self) -> None:
         """Drop what was computed, not the messages: the next turn computes all of them again."""
         self.cache: KVCache | None = None
         self.cached_ids: list[int] = []  # the tokens whose keys and values the cache holds
-        self.media_end = 0  # how many of them reach to the end of the last image or video
-        self.image_count = 0  # images in the cache
-        self.video_count = 0
 
     def reset(self) -> None:
         """Return to the start: only the system message stays."""
@@ -118,14 +103,12 @@ class Chat:
         self.pending = []
         self.drop_cache()
 
-    def add(self, item: dict) -> Media:
+    def add(self, item: dict) -> None:
         """Attach an image or video, as `{"type": "image", "image": source}`, to the next question.
 
         Raises what `Processor.prepare` raises.
         """
-        attachment = read_attachment(self.processor, item)
-        self.pending.append(attachment)
-        return attachment.media
+        self.pending.append(read_attachment(self.processor, item))
 
     def ask(self, text: str) -> Iterator[int]:
         """Ask about the pending media and all messages before; yield the token ids of the answer.
@@ -134,19 +117,18 @@ class Chat:
         other interruption withdraws the question: messages and pending media are as before.
         Raises ValueError for text that is not valid Unicode, and what `generate_steps` raises.
         """
-        content = [attachment.content_item() for attachment in self.pending]
-        content.append({"type": "text", "text": text})
+        content = [*self.pending, {"type": "text", "text": text}]
         question = {"role": "user", "content": content}
         batch = self.processor([*self.messages, question], add_vision_id=self.add_vision_id)
         ids = batch.input_ids[0].tolist()
-        image_count = count_grids(batch.image_grid_thw)
-        video_count = count_grids(batch.video_grid_thw)
         answer = []
         try:
             [new_tokens] = new_token_limits(self.model, batch, self.max_new_tokens)
             prefix = self._reuse_cache(ids, new_tokens)
-            self._leave_out_cached_media(batch)
-            self.computed = replace(batch, input_ids=batch.input_ids[:, prefix:])
+            if prefix:  # the media of earlier messages are in the cache, and not in this batch
+                new = self.processor([question], add_vision_id=self.add_vision_id)
+                batch = replace(new, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            self.prompt_tokens = len(ids) - prefix
             steps = stream(
                 self.model, batch, self.max_new_tokens, self.config, self.cache, self.decode
             )
@@ -156,9 +138,6 @@ class Chat:
                     answer.append(token)
                     yield token
             self.cached_ids = [*ids, *answer][: self.cache.length]  # the last token was never run
-            self.media_end = self._media_end(ids)
-            self.image_count = image_count
-            self.video_count = video_count
             reply = {"role": "assistant", "content": self.processor.tokenizer.decode(answer)}
             self.messages = [*self.messages, question, reply]
             self.pending = []
@@ -172,88 +151,46 @@ class Chat:
         The cache may then hold ids and new_tokens more; its memory grows in the forward pass.
         """
         prefix = self._shared_prefix(ids)
-        if prefix < self.media_end or self._angles_change(len(ids)):
-            self.drop_cache()
-            prefix = 0
-        if self.cache is None:
+        if prefix == 0:
             self.cache = new_cache(self.model, 1, len(ids), new_tokens)
             return 0
         cache = self.cache
         # At least twice the capacity, so that the memory doubles instead of growing in each turn.
-        cache.max_length = max(cache.max_length, len(ids) + new_tokens, 2 * cache.capacity)
+        cache.max_length = max(len(ids) + new_tokens, 2 * cache.capacity)
         # What is removed is text, in which each token is one position.
         cache.next_position = cache.next_position - (cache.length - prefix)
         cache.length = prefix
         return prefix
 
     def _shared_prefix(self, ids: list[int]) -> int:
-        """Return how many tokens of the cache can be reused; the last of ids is always run."""
-        most = min(len(ids) - 1, len(self.cached_ids))
-        for i in range(most):
-            if ids[i] != self.cached_ids[i]:
-                return i
-        return most
-
-    def _angles_change(self, length: int) -> bool:
-        """Return whether RoPE rotates all tokens, also those of the cache, in another way now.
-
-        Scaled RoPE of these types depends on the number of tokens beyond the trained length.
-        """
+        """Return how many tokens of the cache can be reused: all of its images, or nothing."""
         config = self.model.config
-        if config.rope_type not in ("dynamic", "longrope"):
-            return False
-        trained_length = config.max_position_embeddings
-        scaled_from = rope_types.original_length(config.rope_scaling, trained_length)
-        return length > min(scaled_from, trained_length)
-
-    def _media_end(self, ids: list[int]) -> int:
-        """Return the index after the last placeholder of an image or video, 0 without any."""
-        config = self.model.config
-        is_media = np.isin(ids, [config.image_token_id, config.video_token_id])
-        return int(is_media.nonzero()[0].max(initial=-1)) + 1
-
-    def _leave_out_cached_media(self, batch: Batch) -> None:
-        """Remove the images and videos in the cache from the whole conversation's batch."""
-        batch.pixel_values, batch.image_grid_thw = media_after(
-            self.image_count, batch.pixel_values, batch.image_grid_thw
-        )
-        batch.pixel_values_videos, batch.video_grid_thw = media_after(
-            self.video_count, batch.pixel_values_videos, batch.video_grid_thw
-        )
+        if config.rope_type in ("dynamic", "longrope"):
+            return 0  # these may rotate all tokens differently once the conversation is longer
+        prefix = 0
+        for new_id, cached_id in zip(ids[:-1], self.cached_ids, strict=False):  # the last is run
+            if new_id != cached_id:
+                break
+            prefix += 1
+        media_ids = [config.image_token_id, config.video_token_id]
+        cuts_media = np.isin(self.cached_ids[prefix:], media_ids).any()
+        return 0 if cuts_media else prefix
 
     def save(self, path: str) -> None:
         """Write {"messages": [...]} as one line of JSON to a new file.
 
-        Raises OSError, also for a file that exists, or ValueError.
+        Raises OSError, also for a file that exists, and ValueError without any message.
         """
         if not any(message["role"] == "user" for message in self.messages):
             raise ValueError("there is nothing to save yet")
         content = {"messages": [original_message(message) for message in self.messages]}
-        line = json.dumps(content, ensure_ascii=False, default=refuse_object) + "\n"
+        line = json.dumps(content, ensure_ascii=False) + "\n"
         try:
             with open(path, "xb") as file:
                 # A file name that is not UTF-8 has lone surrogates, which JSON writes as \udc80.
                 file.write(line.encode(errors="backslashreplace"))
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror}") from error
-
-
-def count_grids(grids: np.ndarray | None) -> int:
-    """Return the number of images (or videos) that grids [n, 3] describe."""
-    return 0 if grids is None else len(grids)
-
-
-def media_after(
-    count: int, patches: np.ndarray | None, grids: np.ndarray | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return patches [N, …] and grids [n, 3] without the first `count` images (or videos).
-
-    Both are None where none is left.
-    """
-    if grids is None or count == len(grids):
-        return None, None
-    start = grids[:count].prod(1).sum()
-    return patches[start:], grids[count:]
 
 
 def original_message(message: dict) -> dict:
@@ -264,97 +201,62 @@ def original_message(message: dict) -> dict:
     return message | {"content": [item.get("original", item) for item in content]}
 
 
-def refuse_object(value: object) -> None:
-    """Raise ValueError for what JSON cannot hold."""
-    found = type(value).__name__
-    raise ValueError(f"cannot save the conversation: expected media as paths or URLs, got {found}")
-
-
 # ------------------------------------------------------------------------------------- the terminal
 class Console:
     """Questions and commands from stdin; answers to stdout, all else to stderr."""
 
-    def __init__(self, chat: Chat, video_options: dict, quiet: bool = False):
+    def __init__(self, chat: Chat, video_options: dict):
         """video_options: fps or nframes of each `/video`."""
         self.chat = chat
         self.video_options = video_options
-        self.is_terminal = sys.stdin.isatty()
-        self.has_prompt = self.is_terminal and not quiet
-        self.question: str | None = None  # that is being answered
-        self.interrupted = False  # by Ctrl-C, with no line read since
+        # A prompt is for people: it would be mixed with the answers in a pipe or a file.
+        self.has_prompt = sys.stdin.isatty() and sys.stdout.isatty()
 
     def run(self, question: str | None = None) -> None:
         """Answer the question, if any, then one line of stdin after the other until its end.
 
         A mistake is one sentence, and the conversation continues.
         """
-        if self.is_terminal:
+        if sys.stdin.isatty():
             enable_line_editing()
             logger.info("/help lists the commands")
-        self.question = question
         while True:
             try:
-                self.take_turn()
+                if question is None:
+                    question = self.run_command(self.read_line())
+                if question is not None:
+                    answer(self.chat, question)
             except EOFError:
-                if self.is_terminal:
-                    logger.info("")
                 return
             except KeyboardInterrupt:
-                if self.interrupted or not self.is_terminal:
+                if not sys.stdin.isatty():
                     raise
-                self.interrupted = True
-                logger.info(self.interruption_note())
-            except BrokenPipeError:  # nobody reads the answers any more
-                raise
+                note = "\ninterrupted; the conversation is as before (Ctrl-D or /exit leaves)"
+                print(note, file=sys.stderr, flush=True)
             except Exception as error:
                 sentence = command_line.error_sentence(error)
-                if sentence is None:
+                if sentence is None or isinstance(error, BrokenPipeError):  # nobody reads any more
                     raise
                 logger.error(sentence)
-            self.question = None
-
-    def take_turn(self) -> None:
-        """Read a line, unless there is a question already; run its command or answer it."""
-        if self.question is None:
-            line = self.read_line()
-            self.interrupted = False
-            self.question = self.run_command(line)
-        if self.question is not None:
-            answer(self.chat, self.question)
-
-    def interruption_note(self) -> str:
-        """Return what Ctrl-C has done."""
-        if self.question is not None and self.chat.cache is None:
-            return "\nthe question is withdrawn"
-        return "\n(Ctrl-C again, or Ctrl-D, leaves)"
+            question = None
 
     def read_line(self) -> str:
         """Return the next line; the prompt shows what is pending. Raises EOFError at the end."""
-        pending = ", ".join(content_kind(attachment.item) for attachment in self.chat.pending)
-        prompt = f"[{pending}] > " if pending else "> "
-        if self.has_prompt and sys.stdout.isatty():
-            line = input(prompt)  # readline must know the prompt, to draw the line again
-        else:
-            if self.has_prompt:  # input() would write the prompt between the answers
-                print(prompt, end="", file=sys.stderr, flush=True)
-            line = input()
-        encoding = getattr(sys.stdin, "encoding", None) or "utf-8"
-        return command_line.recover_utf8(line, encoding)
+        prompt = ""
+        if self.has_prompt:
+            pending = ", ".join(item["type"] for item in self.chat.pending)
+            prompt = f"[{pending}] > " if pending else "> "
+        return command_line.recover_utf8(input(prompt), sys.stdin.encoding or "utf-8")
 
     def run_command(self, line: str) -> str | None:
         """Run a command; return any other line, as a question. Raises ValueError for a mistake."""
-        if not line.strip():
-            return None
         if line.startswith("//"):
             return line.removeprefix("/")
         if not line.startswith("/"):
-            return line
-        command = line.split(maxsplit=1)[0]
-        argument = line.removeprefix(command).strip()
-        if command in ("/image", "/video"):
-            self.attach(command, argument)
-        elif command == "/save":
-            self.save(command, argument)
+            return line if line.strip() else None
+        command, _, argument = line.partition(" ")
+        if command in ("/image", "/video", "/save"):
+            self.use_file(command, typed_path(command, argument.strip()))
         elif command == "/reset":
             self.chat.reset()
             logger.info("the conversation starts again; the system message stays")
@@ -367,57 +269,39 @@ class Console:
             raise ValueError(f"there is no command {command:.80}; {advice}")
         return None
 
-    def attach(self, command: str, argument: str) -> None:
-        """Attach the file of `/image FILE` or `/video FILE` to the next question."""
-        path = required_path(command, argument)
+    def use_file(self, command: str, path: str) -> None:
+        """Run `/image FILE`, `/video FILE` or `/save FILE`."""
         if command == "/image":
             self.chat.add(command_line.image_item(path))
-        else:
+        elif command == "/video":
             self.chat.add(command_line.video_item(path) | self.video_options)
-
-    def save(self, command: str, argument: str) -> None:
-        """Write the conversation to the file of `/save FILE`."""
-        path = required_path(command, argument)
-        self.chat.save(path)
-        logger.info("saved %d messages to %s", len(self.chat.messages), path)
+        else:
+            self.chat.save(path)
+            logger.info("saved %d messages to %s", len(self.chat.messages), path)
 
 
 def enable_line_editing() -> None:
-    """Give input() editing and a history, where Python has readline: not on Windows.
-
-    The import alone does it, so it must not happen without a terminal.
-    """
+    """Give input() editing and a history by the import of readline, which Windows lacks."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401
 
 
-def required_path(command: str, argument: str) -> str:
-    """Return the path that a command is given. Raises ValueError without one."""
-    if not argument:
+def typed_path(command: str, text: str) -> str:
+    """Return a path typed or dropped into a terminal: in quotes, with escaped spaces, or with ~.
+
+    Raises ValueError where a command is given none.
+    """
+    if not text:
         raise ValueError(f"{command} needs a file: {command} FILE")
-    return plain_path(argument)
-
-
-def plain_path(text: str) -> str:
-    """Return a path typed or dropped into a terminal: in quotes, with escaped spaces, or with ~."""
-    text = text.strip()
-    if text.startswith(("'", '"')):
-        text = remove_quotes(text)
-    elif os.name == "posix":  # elsewhere a backslash separates directories
-        text = re.sub(r"\\(.)", r"\1", text)
-    return os.path.expanduser(text)
-
-
-def remove_quotes(text: str) -> str:
-    """Return text without the quotes at both ends; text that is not quoted as a whole stays."""
-    if os.name != "posix":
-        is_quoted = len(text) > 1 and text[0] == text[-1]
-        return text[1:-1] if is_quoted else text
-    try:
-        words = shlex.split(text)  # reads 'it'\''s.png', which terminals write for it's.png
-    except ValueError:  # no closing quote
+    if os.name != "posix":  # a backslash separates directories there
+        return os.path.expanduser(text.strip('"'))
+    if os.path.exists(text):
         return text
-    return words[0] if len(words) == 1 else text
+    try:
+        words = shlex.split(text)
+    except ValueError:  # an apostrophe
+        words = [text]
+    return os.path.expanduser(words[0] if len(words) == 1 else text)
 
 
 def answer(chat: Chat, question: str) -> None:
@@ -437,8 +321,7 @@ def answer(chat: Chat, question: str) -> None:
     finally:
         if len(times) > 1:
             command_line.put(decoder.finish(), end="\n")
-    prompt_tokens = chat.computed.input_ids.shape[1]
-    line = command_line.describe_answer(chat.model, prompt_tokens, times)
+    line = command_line.describe_answer(chat.model, chat.prompt_tokens, times)
     logger.info("%s; %d tokens in the cache", line, len(chat.cached_ids))
 
 
@@ -446,7 +329,7 @@ def answer(chat: Chat, question: str) -> None:
 def counted_interrupts() -> Iterator[list[int]]:
     """Within it, the first Ctrl-C is only appended to the list; the next one is KeyboardInterrupt.
 
-    Only the main thread receives signals and can handle them: in any other, nothing changes.
+    For the main thread, which alone receives signals.
     """
     presses = []
 
@@ -455,9 +338,6 @@ def counted_interrupts() -> Iterator[list[int]]:
         if len(presses) > 1:
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
-        yield presses
-        return
     before = signal.signal(signal.SIGINT, press)
     try:
         yield presses
@@ -468,7 +348,7 @@ def counted_interrupts() -> Iterator[list[int]]:
 # -------------------------------------------------------------------------------------- the program
 def run(arguments: argparse.Namespace) -> None:
     """Hold a conversation. Raises OSError or ValueError with one sentence for wrong options."""
-    if sys.stdin is None or sys.stdin.closed:
+    if sys.stdin is None:
         raise ValueError("stdin is closed, expected the questions of the chat")
     GenerationConfig(**command_line.sampling_options(arguments))  # checked before anything is read
     directory, processor = command_line.load_processor(arguments)
@@ -482,9 +362,8 @@ def run(arguments: argparse.Namespace) -> None:
     chat = Chat(model, processor, config, arguments.max_new_tokens, arguments.add_vision_id, decode)
     chat.messages = command_line.system_messages(arguments)
     chat.pending = pending
-    console = Console(chat, command_line.video_options(arguments), arguments.quiet)
     with debugging(arguments, model):
-        console.run(arguments.prompt)
+        Console(chat, command_line.video_options(arguments)).run(arguments.prompt)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

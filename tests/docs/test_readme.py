@@ -172,9 +172,7 @@ PUBLISHED = {
 def test_readme_gives_the_memory_of_published_checkpoints(size):
     held = []
     for quantize in (None, "int8", "int4"):
-        run = Run.from_config(
-            PUBLISHED[size], torch.device("cpu"), torch.bfloat16, quantize=quantize
-        )
+        run = Run(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, quantize=quantize)
         held.append(weights_size(run).bytes / 1e9)
     with torch.device("meta"):
         cache = KVCache(PUBLISHED[size], batch_size=1, max_length=1000, dtype=torch.bfloat16)
