@@ -222,11 +222,10 @@ class Console:
             logger.info("/help lists the commands")
         while True:
             try:
-                if question is None:
-                    question = self.run_command(self.read_line())
-                if question is not None:
-                    answer(self.chat, question)
+                self.take_turn(question)
             except EOFError:
+                if self.has_prompt:
+                    print()
                 return
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
@@ -239,6 +238,13 @@ class Console:
                     raise
                 logger.error(sentence)
             question = None
+
+    def take_turn(self, question: str | None) -> None:
+        """Answer the question; without one, read a line and run its command or answer it."""
+        if question is None:
+            question = self.run_command(self.read_line())
+        if question is not None:
+            answer(self.chat, question)
 
     def read_line(self) -> str:
         """Return the next line; the prompt shows what is pending. Raises EOFError at the end."""
@@ -254,9 +260,10 @@ class Console:
             return line.removeprefix("/")
         if not line.startswith("/"):
             return line if line.strip() else None
-        command, _, argument = line.partition(" ")
+        command = line.split(maxsplit=1)[0]
+        argument = line.removeprefix(command).strip()
         if command in ("/image", "/video", "/save"):
-            self.use_file(command, typed_path(command, argument.strip()))
+            self.use_file(command, typed_path(command, argument))
         elif command == "/reset":
             self.chat.reset()
             logger.info("the conversation starts again; the system message stays")

@@ -7,8 +7,9 @@ Images, videos and prompts go through the processor as in a real run, so tokens,
 are exact. So are the weights, of a model on the meta device. The activations are formulas: what is
 alive at once where the prefill holds most (`decoder_activations`, `vision_activations`). At the
 shapes of the 2B, 7B and 72B models they were within 3 % of the peak of live tensors, with sdpa and
-with eager attention. Not counted: workspaces of kernels; the float32 copy of one weight at a time
-on a CPU without fast half-precision kernels; what Python, PyTorch and CUDA take themselves.
+with eager attention. flash is counted as sdpa. Not counted: workspaces of kernels; the float32 copy
+of one weight at a time on a CPU without fast half-precision kernels; what Python, PyTorch and CUDA
+take themselves.
 """
 
 from __future__ import annotations
@@ -123,16 +124,18 @@ def vision_activations(run: Run, batch: Batch) -> int:
         lengths = []  # of the sequences, in which patches attend to each other
         for t, h, w in grids.tolist():
             lengths += [h * w] * t
+        patches = sum(lengths)
         # In the MLP: input, sum after attention, norm, and three tensors of the inner width.
         width = 3 * vision.embed_dim * (1 + vision.mlp_ratio)
         if size < 4:
             width += vision.embed_dim  # attention takes as much more: it rotates in float32
-        blocks = sum(lengths) * width * size
+        cos_and_sin = patches * 2 * vision.embed_dim // vision.num_heads * max(size, 4)
+        mlp = patches * width * size + cos_and_sin
         scores = vision.num_heads * max(lengths) ** 2 * score_bytes(run)
         if len(set(lengths)) == 1:  # then all sequences are one batch
             scores *= len(lengths)
-        attention = sum(lengths) * 10 * vision.embed_dim * size + scores
-        most = max(most, blocks, attention)
+        attention = patches * 10 * vision.embed_dim * size + scores
+        most = max(most, mlp, attention)
     return most
 
 
