@@ -142,6 +142,7 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path):
+    command_line.set_up_logging(quiet=True)
     return Files(tmp_path)
 
 
@@ -311,6 +312,7 @@ def test_answer_file_makes_an_error_record_of_a_bad_line(files, tiny):
     assert [record["line"] for record in records] == [*range(1, len(BAD) + 2), len(BAD) + 3]
     for (line, sentence), record in zip(BAD.items(), records[1:-1], strict=True):
         assert record["error"].startswith(sentence), line[:80]
+        assert "answer" not in record
         assert ("id" in record) == ('"id"' in line)
     assert records[0]["answer"] == records[-1]["answer"]
 
