@@ -441,6 +441,7 @@ SELECTED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("mode", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1000])
@@ -495,6 +496,7 @@ def test_page_arrow_keys_step_between_tokens(browser, pages):
     assert browser.js(SELECTED) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_page_steps_scroll_the_boxes_only(browser, tmp_path, tiny, processor):
     make_page(tmp_path / "long.html", tiny, processor, tokens=200)

@@ -160,6 +160,7 @@ def record_group_sizes(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------ answers
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize("name", ["tiny", "random_model"])
 def test_answer_file_answers_each_line_as_alone(name, size, files, request):
@@ -343,6 +344,7 @@ def test_answer_file_names_what_to_lower_for_media_that_memory_cannot_hold(
     assert "answer" in second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
@@ -409,6 +411,7 @@ def test_answer_file_applies_max_length_to_each_prompt(files, random_model, monk
 
 
 # ----------------------------------------------------------------------------------------- resuming
+@pytest.mark.slow
 @pytest.mark.parametrize("groups_done", [0, 2])
 def test_answer_file_continues_after_an_interruption(groups_done, files, tiny, monkeypatch):
     whole = Files(files.questions.parent)
@@ -434,6 +437,7 @@ def test_answer_file_continues_after_an_interruption(groups_done, files, tiny, m
     assert sum(sizes) == len(MIXED) - 2 * groups_done, "no question is asked a second time"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX signals")
 @pytest.mark.parametrize(
     ("number", "returncode"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)]

@@ -120,6 +120,7 @@ generation_configs = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     turns,
@@ -456,6 +457,7 @@ def test_main_names_the_first_layer_with_nan_and_continues(converse, monkeypatch
     assert written.out.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8", "latin-1"])
 def test_main_reads_utf_8_in_any_locale(encoding, tmp_path):
     """Bytes that are not UTF-8 give one sentence."""
@@ -586,6 +588,7 @@ def start(*options, before=(), **streams):
     return subprocess.Popen(command, env=environment, cwd=ROOT, bufsize=0, **streams)
 
 
+@pytest.mark.slow
 def test_main_ends_the_answer_alone_at_ctrl_c(endless, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     options = ("--model", endless, "--max-new-tokens", 20000, "--prompt", "hello", "--quiet")
@@ -632,6 +635,7 @@ fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("redirected", [False, True])
 def test_console_has_a_prompt_that_ctrl_c_clears(endless, tmp_path, redirected):

@@ -223,6 +223,7 @@ def measured_prefill(model, batch):
     return peak.most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 0.02), ("eager", 0.08)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_activations_are_near_the_measured_ones(dtype, attention, tolerance, monkeypatch):
