@@ -196,9 +196,29 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="draw among the most probable that sum to P; 1: all",
     )
     group.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="leave out tokens of less than P times the probability of the most probable; 0: off",
+    )
+    group.add_argument(
         "--repetition-penalty", type=float, metavar="R", help="above 1: repeat less; 1: off"
     )
     group.add_argument("--seed", type=int, help="make sampled answers repeatable")
+    group.add_argument(
+        "--stop",
+        type=stop_string,
+        action="append",
+        metavar="TEXT",
+        help="end an answer before this text; repeat for several",
+    )
+
+
+def stop_string(text: str) -> str:
+    """Return the text of a `--stop` option. Raises an error of argparse for an empty one."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected text, got an empty string")
+    return recover_utf8(text, sys.getfilesystemencoding())
 
 
 def parse_arguments(
@@ -280,13 +300,15 @@ def build_messages(arguments: argparse.Namespace) -> list[dict]:
 def sampling_options(arguments: argparse.Namespace) -> dict:
     """Return the fields of `generate.GenerationConfig` that the command line gives."""
     options = {}
-    for name in ("temperature", "top_k", "top_p", "repetition_penalty", "seed"):
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
         value = getattr(arguments, name)
         if value is not None:
             options[name] = value
+    if arguments.stop is not None:
+        options["stop_strings"] = arguments.stop
     if options.get("temperature") == 0:
         options |= {"temperature": 1.0, "do_sample": False}
-    elif options.keys() & {"temperature", "top_k", "top_p"}:
+    elif options.keys() & {"temperature", "top_k", "top_p", "min_p"}:
         options["do_sample"] = True
     return options
 

@@ -19,7 +19,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -31,12 +31,16 @@ import cuda_graph
 from debug_nan import NotFiniteError, watch_modules
 from preprocess import Batch
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
-from tokenizer import StreamDecoder
+from tokenizer import StreamDecoder, Tokenizer
 
 logger = logging.getLogger("qwen2vl")
 
 DEFAULT_NEW_TOKENS = 128  # where neither the caller nor generation_config.json gives a number
 INITIAL_CAPACITY = 1024  # new tokens that a cache has memory for at first; it grows as needed
+
+
+# Fields that only sampling uses, in the order in which they change the probabilities.
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -55,6 +59,12 @@ def sampling_problem(name: str, value: object) -> str | None:
     elif name == "top_k":
         valid = is_number(value) and isinstance(value, int) and value >= 0
         expected = "0 (off) or more"
+    elif name == "min_p":
+        valid = is_number(value) and 0 <= value <= 1
+        expected = "0 (off) to 1"
+    elif name == "stop_strings":
+        valid = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+        expected = "non-empty strings"
     else:
         valid = is_number(value) and 0 < value <= 1
         expected = "above 0 and at most 1"
@@ -75,9 +85,14 @@ class GenerationConfig:
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less probable
     # Of the first sequence, counting up for the next ones; a list: of each; None: random.
     seed: int | list[int] | None = None
+    min_p: float = 0.0  # keep tokens of at least so much of the most probable one's probability
+    # An answer ends before any of these, see `StreamDecoder`.
+    stop_strings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_k", "top_p", "repetition_penalty"):
+        if isinstance(self.stop_strings, str):
+            self.stop_strings = [self.stop_strings]
+        for name in (*SAMPLING_FIELDS, "repetition_penalty", "stop_strings"):
             problem = sampling_problem(name, getattr(self, name))
             if problem:
                 raise ValueError(problem)
@@ -90,8 +105,7 @@ class GenerationConfig:
     def from_model(cls, model: Qwen2VL, **options: Any) -> GenerationConfig:
         """Return the settings of the model's generation_config.json, replaced by `options`.
 
-        Only what is used is checked: without do_sample, temperature, top_k and
-        top_p of the file are ignored.
+        Only what is used is checked: without do_sample, SAMPLING_FIELDS of the file are ignored.
         Raises ValueError that names the field and the option that replaces it.
         """
         recommended = model.generation_config
@@ -101,18 +115,21 @@ class GenerationConfig:
                 f"generation_config.json: do_sample is {do_sample!r}, expected true or false; "
                 "--temperature replaces it"
             )
-        used = ["repetition_penalty"]
+        used = ["repetition_penalty", "stop_strings"]
         if do_sample:
-            used += ["temperature", "top_k", "top_p"]
-        values = {"do_sample": bool(do_sample)}
+            used += SAMPLING_FIELDS
+        values: dict[str, Any] = {"do_sample": bool(do_sample)}
         for name in used:
-            if name in options or recommended.get(name) is None:
+            value = recommended.get(name)
+            if name in options or value is None:
                 continue
-            problem = sampling_problem(name, recommended[name])
+            if name == "stop_strings" and isinstance(value, str):
+                value = [value]
+            problem = sampling_problem(name, value)
             if problem:
-                option = "--" + name.replace("_", "-")
+                option = "--stop" if name == "stop_strings" else "--" + name.replace("_", "-")
                 raise ValueError(f"generation_config.json: {problem}; {option} replaces it")
-            values[name] = recommended[name]
+            values[name] = value
         return cls(**(values | options))
 
 
@@ -129,9 +146,9 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Te
 def next_token_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor:
     """Return the probabilities [B, V] that tokens are drawn with, from logits [B, V].
 
-    Temperature comes first, then top-k, then top-p.
+    Temperature comes first, then top-k, then top-p, then min-p.
     Source: the order of transformers 5.23.0, `GenerationMixin._get_logits_processor`;
-    top-p arXiv 1904.09751.
+    top-p arXiv 1904.09751, min-p arXiv 2407.01082.
     """
     logits = logits / config.temperature
     if 0 < config.top_k < logits.shape[-1]:
@@ -143,6 +160,10 @@ def next_token_probabilities(logits: Tensor, config: GenerationConfig) -> Tensor
         dropped = ascending.softmax(-1).cumsum(-1) <= 1 - config.top_p
         dropped[:, -1] = False  # the most probable one always stays
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), float("-inf"))
+    if config.min_p > 0:
+        probabilities = logits.softmax(-1)
+        least = config.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, float("-inf"))
     return logits.softmax(-1)
 
 
@@ -275,16 +296,34 @@ def new_token_limits(model: Qwen2VL, batch: Batch, max_new_tokens: int | None) -
     return [new_token_limit(model.generation_config, n, max_new_tokens) for n in lengths]
 
 
+def stop_decoders(
+    stop_strings: list[str], tokenizer: Tokenizer | None, batch_size: int
+) -> list[StreamDecoder]:
+    """Return what finds the stop strings in each of B sequences; [] where there are none.
+
+    Raises ValueError without the tokenizer.
+    """
+    if not stop_strings:
+        return []
+    if tokenizer is None:
+        raise ValueError(
+            f"stop_strings {stop_strings} need a tokenizer: expected processor.tokenizer, got None"
+        )
+    return [StreamDecoder(tokenizer, stop_strings=stop_strings) for _ in range(batch_size)]
+
+
 class Progress:
     """Which of B sequences still run.
 
-    A sequence ends with an eos id, or at its number of tokens.
+    A sequence ends with an eos id, with a stop string, or at its number of tokens.
     """
 
-    def __init__(self, model: Qwen2VL, limits: list[int]):
+    def __init__(self, model: Qwen2VL, limits: list[int], decoders: list[StreamDecoder]):
+        """decoders: those of `stop_decoders`."""
         self.eos_token_ids = eos_token_ids(model)
         self.pad_token_id = pad_token_id(model)
         self.limits = limits
+        self.decoders = decoders
         self.count = 0  # of new tokens so far
         self.running = set(range(len(limits)))
 
@@ -294,9 +333,18 @@ class Progress:
         tokens = [self.pad_token_id] * len(chosen)
         for row in sorted(self.running):
             tokens[row] = chosen[row]
-            if chosen[row] in self.eos_token_ids or self.count == self.limits[row]:
+            if self.ends(row, chosen[row]):
                 self.running.remove(row)
         return tokens
+
+    def ends(self, row: int, token: int) -> bool:
+        """Return whether this token is the last one of a sequence."""
+        if token in self.eos_token_ids or self.count == self.limits[row]:
+            return True
+        if not self.decoders:
+            return False
+        self.decoders[row].push(token)
+        return self.decoders[row].stopped
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -340,19 +388,24 @@ def generate_steps(
     config: GenerationConfig | None = None,
     cache: KVCache | None = None,
     decode: Callable[..., Tensor] = decode_step,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Step]:
     """Yield the next token of each sequence, and the logits it was chosen from, when it is made.
 
-    Ends when every sequence has ended: with any of `eos_token_ids`, which is yielded too, or at its
-    number of tokens. After its end a sequence is filled with the pad id.
+    Ends when every sequence has ended: with any of `eos_token_ids` or with the token that completes
+    a stop string, which are yielded too, or at its number of tokens. After its end a sequence is
+    filled with the pad id.
     max_new_tokens and config: by default those of generation_config.json.
     cache: of an earlier turn; batch then holds all tokens, but only the images of the new ones.
     decode: the decode step, such as a captured one (`cuda_graph.CapturedDecodeStep`).
+    tokenizer: needed for `stop_strings`. The text is cut in decoding, by `Tokenizer.decode` or
+    `StreamDecoder` with the same stop strings.
     Raises NotFiniteError instead of choosing among logits that are not numbers.
     """
     if config is None:
         config = GenerationConfig.from_model(model)
     limits = new_token_limits(model, batch, max_new_tokens)
+    decoders = stop_decoders(config.stop_strings, tokenizer, len(limits))
     device = model.model.norm.weight.device
     ids = torch.as_tensor(batch.input_ids, device=device)
     attention_mask = torch.as_tensor(batch.attention_mask, device=device)
@@ -361,7 +414,7 @@ def generate_steps(
         batch_size, length = ids.shape
         cache = new_cache(model, batch_size, length, max(limits))
     sampler = Sampler(config, ids, mask, model.config.vocab_size)
-    progress = Progress(model, limits)
+    progress = Progress(model, limits, decoders)
 
     start = int(cache.next_position.max())
     logits = prefill(model, batch, cache)
@@ -384,9 +437,10 @@ def stream(
     config: GenerationConfig | None = None,
     cache: KVCache | None = None,
     decode: Callable[..., Tensor] = decode_step,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[list[int]]:
     """Yield the next token id of each sequence as a list [B]: the tokens of `generate_steps`."""
-    for step in generate_steps(model, batch, max_new_tokens, config, cache, decode):
+    for step in generate_steps(model, batch, max_new_tokens, config, cache, decode, tokenizer):
         yield step.tokens
 
 
@@ -395,9 +449,10 @@ def generate(
     batch: Batch,
     max_new_tokens: int | None = None,
     config: GenerationConfig | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> list[list[int]]:
     """Return the new token ids of each sequence, all of one length, as `stream` yields them."""
-    steps = stream(model, batch, max_new_tokens, config)
+    steps = stream(model, batch, max_new_tokens, config, tokenizer=tokenizer)
     return [list(sequence) for sequence in zip(*steps, strict=True)]
 
 
@@ -498,11 +553,12 @@ def choose_generation_config(arguments: argparse.Namespace, model: Qwen2VL) -> G
     if not config.do_sample:
         return config
     values = [f"temperature {config.temperature}", f"top_k {config.top_k}"]
-    values += [f"top_p {config.top_p}", f"repetition_penalty {config.repetition_penalty}"]
+    values += [f"top_p {config.top_p}", f"min_p {config.min_p}"]
+    values.append(f"repetition_penalty {config.repetition_penalty}")
     if config.seed is not None:
         values.append(f"seed {config.seed}")
     logger.info("sampling: %s", ", ".join(values))
-    if config.top_k == 1 and options.keys() & {"temperature", "top_p", "seed"}:
+    if config.top_k == 1 and options.keys() & {"temperature", "top_p", "min_p", "seed"}:
         logger.info(
             "note: top_k is 1 in the model's generation_config.json, which leaves one choice; "
             "add --top-k 0"
@@ -537,10 +593,18 @@ def answer_question(arguments: argparse.Namespace) -> None:
     model = session.model
     config = choose_generation_config(arguments, model)
     decode = choose_decode_step(arguments, model)
-    decoder = StreamDecoder(session.processor.tokenizer)
+    tokenizer = session.processor.tokenizer
+    decoder = StreamDecoder(tokenizer, stop_strings=config.stop_strings)
     times = [time.perf_counter() - session.seconds]
     with debugging(arguments, model):
-        steps = stream(model, session.batch, arguments.max_new_tokens, config, decode=decode)
+        steps = stream(
+            model,
+            session.batch,
+            arguments.max_new_tokens,
+            config,
+            decode=decode,
+            tokenizer=tokenizer,
+        )
         for (token,) in steps:
             times.append(time.perf_counter())
             command_line.put(decoder.push(token))

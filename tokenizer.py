@@ -9,12 +9,13 @@ the chat format, a guard against forged special tokens, and decoding token by to
 """
 
 import codecs
+import itertools
 import json
 import logging
 import operator
 import secrets
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -218,19 +219,35 @@ class Tokenizer:
         except TypeError as error:
             raise ValueError(f"this is not a valid Unicode string: {text!r:.80}") from error
 
-    def decode(self, ids: int | Iterable[int], skip_special_tokens: bool = True) -> str:
+    def decode(
+        self,
+        ids: int | Iterable[int],
+        skip_special_tokens: bool = True,
+        stop_strings: Sequence[str] = (),
+    ) -> str:
         """Return the text of token ids: one id, or a sequence, array or tensor [S] of integers.
+
+        stop_strings: cut the text before the first of these, as `StreamDecoder` does.
 
         Bytes that are not UTF-8 become U+FFFD, and ids without a token are left out. Spaces are
         never cleaned up, whatever `clean_up_tokenization_spaces` is in the checkpoint, as in
         transformers 5.23.0 for BPE. Raises ValueError for negative ids and anything not an integer.
         """
         ids = [_check_id(id) for id in _id_list(ids)]
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if not stop_strings:
+            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        decoder = StreamDecoder(self, skip_special_tokens, stop_strings)
+        return "".join([*map(decoder.push, ids), decoder.finish()])
 
-    def batch_decode(self, sequences: Iterable, skip_special_tokens: bool = True) -> list[str]:
+    def batch_decode(
+        self,
+        sequences: Iterable,
+        skip_special_tokens: bool = True,
+        stop_strings: Sequence[str] = (),
+    ) -> list[str]:
         """Return the text of each sequence of ids in a list, array or tensor [B, S].
 
+        stop_strings: cut each text before the first of these.
         One flat sequence of ids is a batch of one, as in transformers 5.23.0.
         """
         sequences = [
@@ -238,7 +255,7 @@ class Tokenizer:
         ]
         if sequences and all(hasattr(entry, "__index__") for entry in sequences):
             sequences = [sequences]
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+        return [self.decode(ids, skip_special_tokens, stop_strings) for ids in sequences]
 
     def apply_chat_template(
         self, messages: list[dict], add_generation_prompt: bool = True, add_vision_id: bool = False
@@ -388,28 +405,95 @@ def _byte_alphabet() -> dict[str, int]:
 BYTE_OF = _byte_alphabet()
 
 
+class _StopBuffer:
+    """Pass text on up to the first stop string, and hold back what may be the start of one."""
+
+    def __init__(self, stop_strings: Sequence[str]):
+        if isinstance(stop_strings, str):
+            stop_strings = [stop_strings]
+        if not all(isinstance(text, str) and text for text in stop_strings):
+            raise ValueError(f"stop_strings is {stop_strings!r}, expected non-empty strings")
+        self.stop_strings = tuple(stop_strings)
+        self.stopped = False
+        self._held = ""
+        self._is_visible: list[bool] = []  # of each held character
+
+    def push(self, text: str, is_visible: bool = True) -> str:
+        """Return the visible characters that no stop string can contain any more."""
+        if self.stopped:
+            return ""
+        self._held += text
+        self._is_visible += [is_visible] * len(text)
+        starts = [self._held.find(stop) for stop in self.stop_strings if stop in self._held]
+        if starts:
+            self.stopped = True
+            return self._release(min(starts))
+        return self._release(len(self._held) - self._undecided())
+
+    def finish(self) -> str:
+        """Return the visible characters that are held back, unless a stop string came."""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _undecided(self) -> int:
+        """Return the length of the longest end of the held text that begins a stop string."""
+        longest = max(map(len, self.stop_strings), default=1) - 1
+        for length in range(min(longest, len(self._held)), 0, -1):
+            end = self._held[-length:]
+            if any(stop.startswith(end) for stop in self.stop_strings):
+                return length
+        return 0
+
+    def _release(self, count: int) -> str:
+        """Remove the first `count` held characters and return those that are visible."""
+        released = itertools.compress(self._held[:count], self._is_visible[:count])
+        self._held = self._held[count:]
+        self._is_visible = self._is_visible[count:]
+        return "".join(released)
+
+
 class StreamDecoder:
-    """Decode ids one at a time, never emitting half a UTF-8 character.
+    """Decode ids one at a time, never emitting half a UTF-8 character or any of a stop string.
 
     `push` returns the characters that have become certain, `finish` the rest. Joined they equal
     `tokenizer.decode(all_ids, skip_special_tokens)`; the cost per token is constant.
+
+    stop_strings: the text ends before the first occurrence of any of these, whichever tokens it
+    spans or begins and ends in, and `stopped` is then True. They are compared with the text in
+    which special tokens are spelled out, also where these are skipped, so that "<|box_end|>" can
+    be one. Source: transformers 5.23.0, `StopStringCriteria`, which ends at the same token, but
+    keeps the stop string, and whose match may begin in the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        stop_strings: Sequence[str] = (),
+    ):
         self._backend = tokenizer.backend
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._buffer = _StopBuffer(stop_strings)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has occurred. No text follows."""
+        return self._buffer.stopped
 
     def push(self, id: int) -> str:
-        """Take one id; return the text that is now complete: often a word, sometimes nothing."""
+        """Take one id; return the text that is now certain: often a word, sometimes nothing."""
         number = _check_id(id)
-        token = None if number in self._skipped else self._backend.id_to_token(number)
+        token = self._backend.id_to_token(number)
         if token is None:
             return ""
+        if number in self._skipped:
+            return self._buffer.push(token, is_visible=False)
+        data = token.encode()  # of an added token outside the byte alphabet
         if all(character in BYTE_OF for character in token):
-            return self._utf8.decode(bytes(BYTE_OF[character] for character in token))
-        return self._utf8.decode(token.encode())  # an added token outside the byte alphabet
+            data = bytes(BYTE_OF[character] for character in token)
+        return self._buffer.push(self._utf8.decode(data))
 
     def finish(self) -> str:
-        """Return U+FFFD when the ids ended within a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
+        """Return what was held back, and U+FFFD where the ids ended within a character."""
+        text = self._buffer.push(self._utf8.decode(b"", final=True))
+        return text + self._buffer.finish()

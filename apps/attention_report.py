@@ -224,8 +224,9 @@ def run(arguments: argparse.Namespace) -> None:
     command_line.check_directory(arguments.out)
     session = command_line.open_session(arguments)
     config = choose_generation_config(arguments, session.model)
-    [answer] = generate(session.model, session.batch, arguments.max_new_tokens, config)
-    print(session.processor.tokenizer.decode(answer))
+    tokenizer = session.processor.tokenizer
+    [answer] = generate(session.model, session.batch, arguments.max_new_tokens, config, tokenizer)
+    print(tokenizer.decode(answer, stop_strings=config.stop_strings))
     write_report(arguments.out, session.model, session.processor, session.batch, answer)
 
 

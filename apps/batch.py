@@ -9,7 +9,7 @@ lines are skipped. Each other line gives one record, written as soon as it is do
      "sha256": "…"}
     {"line": 2, "error": "there is no image at missing.png"}
 
-`line` counts from 1; `tokens_out` includes the token that ends an answer, and `finished` is false
+`line` counts from 1; `tokens_out` includes the tokens that end an answer, and `finished` is false
 where --max-new-tokens ended it before; `sha256` is the start of the line's hash.
 
 The file is read in windows. A window is sorted by prompt length, and neighbors are answered
@@ -50,7 +50,7 @@ from generate import (
 )
 from preprocess import Processor
 from qwen2vl import Qwen2VL
-from tokenizer import content_kind
+from tokenizer import StreamDecoder, content_kind
 
 logger = logging.getLogger("qwen2vl")
 
@@ -279,19 +279,32 @@ class Answerer:
         config = self.config
         if config.seed is not None:
             config = replace(config, seed=[config.seed + q.record["line"] - 1 for q in questions])
+        tokenizer = self.processor.tokenizer
+        decoders = [StreamDecoder(tokenizer, stop_strings=config.stop_strings) for _ in questions]
+        steps = stream(
+            self.model,
+            batch,
+            self.max_new_tokens,
+            config,
+            decode=self.decode,
+            tokenizer=tokenizer,
+        )
         answers: list[list[int]] = [[] for _ in questions]
         running = set(range(len(questions)))
-        for tokens in stream(self.model, batch, self.max_new_tokens, config, decode=self.decode):
+        for tokens in steps:
             for i in sorted(running):
                 answers[i].append(tokens[i])
-                if tokens[i] in end_ids or len(answers[i]) == limits[i]:
+                decoders[i].push(tokens[i])
+                finished = tokens[i] in end_ids or decoders[i].stopped
+                if finished or len(answers[i]) == limits[i]:
                     running.remove(i)
-                    yield self.record(questions[i], answers[i], finished=tokens[i] in end_ids)
+                    yield self.record(questions[i], answers[i], finished)
 
     def record(self, question: Question, ids: list[int], finished: bool) -> dict:
         """Return the record of an answer."""
+        tokenizer = self.processor.tokenizer
         return question.record | {
-            "answer": self.processor.tokenizer.decode(ids, skip_special_tokens=True),
+            "answer": tokenizer.decode(ids, stop_strings=self.config.stop_strings),
             "tokens_in": question.length,
             "tokens_out": len(ids),
             "finished": finished,

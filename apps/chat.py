@@ -83,7 +83,7 @@ class Chat:
         """max_new_tokens: of an answer; None: what `generate.new_token_limit` gives."""
         self.model = model
         self.processor = processor
-        self.config = config
+        self.config = config or GenerationConfig.from_model(model)
         self.max_new_tokens = max_new_tokens
         self.add_vision_id = add_vision_id
         self.decode = decode
@@ -129,8 +129,15 @@ class Chat:
                 new = self.processor([question], add_vision_id=self.add_vision_id)
                 batch = replace(new, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
             self.prompt_tokens = len(ids) - prefix
+            tokenizer = self.processor.tokenizer
             steps = stream(
-                self.model, batch, self.max_new_tokens, self.config, self.cache, self.decode
+                self.model,
+                batch,
+                self.max_new_tokens,
+                self.config,
+                self.cache,
+                self.decode,
+                tokenizer,
             )
             # It is closed between two tokens, when the cache is complete.
             with contextlib.suppress(GeneratorExit):
@@ -138,7 +145,8 @@ class Chat:
                     answer.append(token)
                     yield token
             self.cached_ids = [*ids, *answer][: self.cache.length]  # the last token was never run
-            reply = {"role": "assistant", "content": self.processor.tokenizer.decode(answer)}
+            reply_text = tokenizer.decode(answer, stop_strings=self.config.stop_strings)
+            reply = {"role": "assistant", "content": reply_text}
             self.messages = [*self.messages, question, reply]
             self.pending = []
         except BaseException:  # perhaps a KeyboardInterrupt in the middle of a layer
@@ -316,7 +324,8 @@ def answer(chat: Chat, question: str) -> None:
 
     The first Ctrl-C ends it after the next token, a second one at once.
     """
-    decoder = StreamDecoder(chat.processor.tokenizer)
+    tokenizer = chat.processor.tokenizer
+    decoder = StreamDecoder(tokenizer, stop_strings=chat.config.stop_strings)
     times = [time.perf_counter()]
     try:
         with counted_interrupts() as presses, contextlib.closing(chat.ask(question)) as tokens:

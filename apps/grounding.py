@@ -144,10 +144,11 @@ def run(arguments: argparse.Namespace) -> None:
         check_image_path(arguments.out)
     session = command_line.open_session(arguments)
     config = choose_generation_config(arguments, session.model)
-    [ids] = generate(session.model, session.batch, arguments.max_new_tokens, config)
     tokenizer = session.processor.tokenizer
-    print(tokenizer.decode(ids))
-    boxes = find_boxes(tokenizer.decode(ids, skip_special_tokens=False))
+    [ids] = generate(session.model, session.batch, arguments.max_new_tokens, config, tokenizer)
+    stop_strings = config.stop_strings
+    print(tokenizer.decode(ids, stop_strings=stop_strings))
+    boxes = find_boxes(tokenizer.decode(ids, False, stop_strings))
     for box in boxes:
         print(format_box(box, *session.batch.media[0].size))
     if arguments.out is None:

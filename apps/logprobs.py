@@ -64,9 +64,13 @@ def run(arguments: argparse.Namespace) -> None:
     config = choose_generation_config(arguments, session.model)
     tokenizer = session.processor.tokenizer
     scores = []
-    for step in generate_steps(session.model, session.batch, arguments.max_new_tokens, config):
+    steps = generate_steps(
+        session.model, session.batch, arguments.max_new_tokens, config, tokenizer=tokenizer
+    )
+    for step in steps:
         scores.append(score_token(step.tokens[0], step.logits[0], arguments.alternatives))
-    print(tokenizer.decode(score.token for score in scores), end="\n\n")
+    ids = [score.token for score in scores]
+    print(tokenizer.decode(ids, stop_strings=config.stop_strings), end="\n\n")
     print(format_table(tokenizer, scores))
 
 

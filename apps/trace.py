@@ -16,7 +16,7 @@ import argparse
 import re
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +33,7 @@ from generate import GenerationConfig, choose_generation_config, generate_steps
 from linear import Int4Linear, Int8Linear
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
+from tokenizer import Tokenizer
 
 
 def linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
@@ -117,11 +118,13 @@ def record(
     batch: Batch,
     max_new_tokens: int | None = None,
     config: GenerationConfig | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Trace:
     """Answer a batch of one conversation twice: for the FLOPs, then for the time and the answer."""
     counter = FlopCounterMode(display=False, custom_mapping=KERNEL_FLOPS)
     with counter, record_passes(model, counter.get_total_flops) as counted:
-        for _ in islice(generate_steps(model, batch, max_new_tokens, config), 2):
+        steps = generate_steps(model, batch, max_new_tokens, config, tokenizer=tokenizer)
+        for _ in islice(steps, 2):
             pass  # the prefill and one decode step
     device = model.model.norm.weight.device
 
@@ -131,7 +134,7 @@ def record(
         return time.perf_counter()
 
     with record_passes(model, seconds) as timed:
-        steps = generate_steps(model, batch, max_new_tokens, config)
+        steps = generate_steps(model, batch, max_new_tokens, config, tokenizer=tokenizer)
         answer = [step.tokens[0] for step in steps]
     return Trace(counted, timed, answer)
 
@@ -217,7 +220,13 @@ def format_memory(model: Qwen2VL, length: int) -> list[str]:
     ]
 
 
-def format_trace(model: Qwen2VL, processor: Processor, batch: Batch, trace: Trace) -> str:
+def format_trace(
+    model: Qwen2VL,
+    processor: Processor,
+    batch: Batch,
+    trace: Trace,
+    stop_strings: Sequence[str] = (),
+) -> str:
     """Return the whole trace as text."""
     weight = model.model.norm.weight
     media = [f"  {media.summary(processor.image_config)}" for media in batch.media]
@@ -234,10 +243,10 @@ def format_trace(model: Qwen2VL, processor: Processor, batch: Batch, trace: Trac
     if len(trace.counted) > 1:
         decode = (trace.counted[1], trace.timed[1])
         sections.append(format_pass(model, "FIRST DECODE STEP", *decode))
-    answer = textwrap.indent(processor.tokenizer.decode(trace.answer), "  ")
+    answer = processor.tokenizer.decode(trace.answer, stop_strings=stop_strings)
     sections += [
         format_memory(model, length + len(trace.answer) - 1),
-        [f"ANSWER   {len(trace.answer):,} tokens", answer],
+        [f"ANSWER   {len(trace.answer):,} tokens", textwrap.indent(answer, "  ")],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections)
 
@@ -246,8 +255,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Answer the question and print the trace."""
     session = command_line.open_session(arguments)
     config = choose_generation_config(arguments, session.model)
-    trace = record(session.model, session.batch, arguments.max_new_tokens, config)
-    print(format_trace(session.model, session.processor, session.batch, trace))
+    tokenizer = session.processor.tokenizer
+    trace = record(session.model, session.batch, arguments.max_new_tokens, config, tokenizer)
+    stop_strings = config.stop_strings
+    print(format_trace(session.model, session.processor, session.batch, trace, stop_strings))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -188,6 +188,24 @@ def test_answer_file_draws_a_line_with_its_own_seed(size, files, random_model):
     assert records[0]["answer"] != records[2]["answer"]
 
 
+def test_answer_file_ends_each_answer_before_a_stop_string(files, tiny):
+    """`finished` is true for an answer that a stop string ends."""
+    expected = files.write(MIXED).run(tiny)
+    files.out = files.out.with_name("stopped.jsonl")
+    config = GenerationConfig(stop_strings=["circle"])
+    stopped = files.run(tiny, "--batch-size", len(MIXED), config=config)
+    counts = []
+    for record, whole in zip(stopped, expected, strict=True):
+        assert record["answer"] == whole["answer"].split("circle")[0]
+        if "circle" in whole["answer"]:
+            assert record["finished"]
+            counts.append(whole["tokens_out"] - record["tokens_out"])
+        else:
+            assert record == whole
+    assert max(counts) > 1
+    assert len(counts) < len(MIXED)
+
+
 def test_answer_file_makes_an_error_of_a_seed_beyond_the_last(files, random_model):
     config = GenerationConfig(do_sample=True, seed=2**63 - 2)
     records = files.write([MIXED[1]] * 3).run(random_model, config=config)

@@ -501,6 +501,28 @@ def test_save_writes_the_conversation_as_it_was_given(converse):
         assert message == {"role": "assistant", "content": TOKENIZER.decode(ids)}
 
 
+def test_ask_continues_after_an_answer_that_a_stop_string_cut(monkeypatch):
+    """The message is the text before it, and what the cache holds of the rest is not reused."""
+    config = GenerationConfig(stop_strings=["lef"])
+    chat = Chat(small_model(), PROCESSOR, config, 30)
+    script_tokens(monkeypatch, TOKENIZER.encode("A circle at the left, and a square"))
+    answer = list(chat.ask("What?"))
+    assert TOKENIZER.decode(answer).endswith("left")
+    assert chat.messages[-1] == {"role": "assistant", "content": "A circle at the "}
+    question = {"role": "user", "content": "And now?"}
+    batch = PROCESSOR([*chat.messages, question])
+    monkeypatch.undo()
+    tokenizer = PROCESSOR.tokenizer
+    [expected] = generate.generate(chat.model, batch, 30, config, tokenizer)
+    assert list(chat.ask("And now?")) == expected
+    assert chat.computed.input_ids.shape[1] < batch.input_ids.shape[1]
+
+
+def test_stop_cuts_the_answers_of_the_program(converse):
+    written = converse("/image shapes.png", HOW_MANY, options=["--quiet", "--stop", "ur"])
+    assert written.out == "Fo\n"
+
+
 def test_save_overwrites_nothing(converse):
     Path("chat.json").write_text("mine")
     written = converse("hello", "/save chat.json", "/save missing/chat.json", "/save .")

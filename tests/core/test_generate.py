@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import debug_nan
 import generate as command
+from command_line import BUNDLED_CHECKPOINT
 from generate import (
     GenerationConfig,
     apply_repetition_penalty,
@@ -29,6 +30,7 @@ from generate import (
     stream,
 )
 from preprocess import Batch
+from tokenizer import StreamDecoder
 
 ROOT = Path(__file__).parents[2]
 PARTS = ([2, ("image", 2, 3), 4], [9], [1, ("image", 1, 2), 3, ("image", 2, 2), 1])
@@ -208,11 +210,119 @@ def test_stream_yields_each_token_before_the_next_is_computed():
         assert len(runs) == count
 
 
+# ------------------------------------------------------------------------------------- stop strings
+
+
+@pytest.fixture(scope="module")
+def reference_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(BUNDLED_CHECKPOINT)
+
+
+def count_until_stopped(tokenizer, ids, stop_strings):
+    """Return after how many ids a decoder stops; all of them where it does not."""
+    decoder = StreamDecoder(tokenizer, stop_strings=stop_strings)
+    for count, id in enumerate(ids, start=1):
+        decoder.push(id)
+        if decoder.stopped:
+            return count
+    return len(ids)
+
+
+def reference_count(tokenizer, ids, stop_strings):
+    """Return the same by `StopStringCriteria`."""
+    from transformers import StopStringCriteria
+
+    criteria = StopStringCriteria(tokenizer, stop_strings)
+    for count in range(1, len(ids) + 1):
+        if criteria(torch.tensor([ids[:count]]), None).item():
+            return count
+    return len(ids)
+
+
+answer_texts = st.text("abAB éß日😀.,\n", min_size=1, max_size=30)
+
+
+@given(text=answer_texts, data=st.data())
+@settings(max_examples=60)
+def test_decoder_stops_at_the_token_where_the_reference_stops(
+    text, data, processor, reference_tokenizer
+):
+    """The tokens of é, 日 and 😀 are bytes; <|box_end|> is special and counts as text."""
+    tokenizer = processor.tokenizer
+    text = data.draw(st.sampled_from([text, f"{text}<|box_end|>{text}"]))
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    start = data.draw(st.integers(0, len(whole) - 1))
+    end = data.draw(st.integers(start + 1, min(len(whole), start + 8)))
+    stop_strings = [whole[start:end], data.draw(answer_texts)[:4]]
+    expected = reference_count(reference_tokenizer, ids, stop_strings)
+    assert count_until_stopped(tokenizer, ids, stop_strings) == expected
+
+
+@pytest.mark.parametrize("stop_strings", [["circle at"], ["top r", "blue"], ["iangle"], ["zebra"]])
+def test_generate_with_stop_strings_equals_the_reference(
+    stop_strings, tiny, processor, reference_tokenizer
+):
+    """The token that completes a stop string is the last one; the reference keeps its text."""
+    from transformers import Qwen2VLForConditionalGeneration
+
+    image = {"type": "image", "image": str(ROOT / "examples" / "shapes.png")}
+    batch = processor(
+        [{"role": "user", "content": [image, {"type": "text", "text": "Describe this image."}]}]
+    )
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(
+        BUNDLED_CHECKPOINT, dtype=torch.float32
+    )
+    inputs = {name: torch.from_numpy(value) for name, value in batch.arrays().items()}
+    types = (inputs["input_ids"] == tiny.config.image_token_id).int()
+    expected = theirs.generate(
+        **inputs,
+        mm_token_type_ids=types,
+        max_new_tokens=24,
+        stop_strings=stop_strings,
+        tokenizer=reference_tokenizer,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, batch.input_ids.shape[1] :].tolist()
+    config = GenerationConfig(stop_strings=stop_strings)
+    [tokens] = generate(tiny, batch, 24, config, processor.tokenizer)
+    assert tokens == expected
+    whole = processor.tokenizer.decode(expected)
+    cut = min([whole.find(stop) for stop in stop_strings if stop in whole], default=len(whole))
+    assert (cut < len(whole)) == (len(tokens) < 24) == (stop_strings != ["zebra"])
+    assert processor.tokenizer.decode(tokens, stop_strings=stop_strings) == whole[:cut]
+
+
+def test_generate_stops_each_sequence_of_a_batch_by_itself(tiny, processor):
+    conversations = []
+    for name in ("shapes", "wide", "small"):
+        image = {"type": "image", "image": str(ROOT / "examples" / f"{name}.png")}
+        text = {"type": "text", "text": "Describe this image."}
+        conversations.append([{"role": "user", "content": [image, text]}])
+    config = GenerationConfig(stop_strings=[" red", "square"])
+    together = generate(tiny, processor(conversations), 24, config, processor.tokenizer)
+    lengths = []
+    for tokens, conversation in zip(together, conversations, strict=True):
+        [alone] = generate(tiny, processor(conversation), 24, config, processor.tokenizer)
+        assert tokens[: len(alone)] == alone
+        assert set(tokens[len(alone) :]) <= {0}  # the pad id
+        lengths.append(len(alone))
+    assert len(set(lengths)) > 1
+
+
+def test_generate_names_what_stop_strings_need(tiny, processor):
+    batch = processor([{"role": "user", "content": "hello"}])
+    with pytest.raises(ValueError, match=r"stop_strings \['x'\] need a tokenizer: expected"):
+        generate(tiny, batch, 4, GenerationConfig(stop_strings=["x"]))
+
+
 # ----------------------------------------------------------------------------------------- sampling
 
 
 def filter_in_python(logits, sampling):
-    """Return {token: probability} after temperature, top-k and top-p, in plain float64 Python."""
+    """Return {token: probability} after all of SAMPLING_FIELDS, in plain float64 Python."""
     scaled = [float(x) / sampling.temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: -scaled[i])
     if sampling.top_k:
@@ -226,6 +336,7 @@ def filter_in_python(logits, sampling):
             break
         kept[i] = weights[i] / total
         mass += kept[i]
+    kept = {i: p for i, p in kept.items() if p >= sampling.min_p * kept[order[0]]}
     total = sum(kept.values())
     return {i: p / total for i, p in kept.items()}
 
@@ -236,6 +347,7 @@ sampling_configs = st.builds(
     temperature=st.floats(0.2, 3),
     top_k=st.integers(0, 40),
     top_p=st.floats(0.05, 1),
+    min_p=st.one_of(st.just(0.0), st.floats(0, 1)),
 )
 
 
@@ -255,6 +367,7 @@ def test_next_token_probabilities_equal_plain_python(sampling, seed):
 @settings(max_examples=100, deadline=None)
 def test_next_token_probabilities_equal_the_reference(sampling, penalty, seed):
     from transformers import (
+        MinPLogitsWarper,
         RepetitionPenaltyLogitsProcessor,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
@@ -270,6 +383,7 @@ def test_next_token_probabilities_equal_the_reference(sampling, penalty, seed):
     if sampling.top_k:
         expected = TopKLogitsWarper(sampling.top_k)(ids, expected)
     expected = TopPLogitsWarper(sampling.top_p)(ids, expected)
+    expected = MinPLogitsWarper(sampling.min_p)(ids, expected)
     penalized = apply_repetition_penalty(logits, seen, penalty)
     probabilities = next_token_probabilities(penalized, sampling)
     assert torch.equal(probabilities > 0, expected > float("-inf"))
@@ -280,6 +394,7 @@ def test_next_token_probabilities_equal_the_reference(sampling, penalty, seed):
     "sampling",
     [
         GenerationConfig(True, 0.8, 12, 0.9, 1.3, seed=7),
+        GenerationConfig(True, 1.4, seed=22, min_p=0.2),
         GenerationConfig(True, 1.2, 0, 1.0, 1.0, seed=40),
         GenerationConfig(False, repetition_penalty=1.8),
     ],
@@ -334,9 +449,17 @@ def test_generate_accepts_a_seed_for_each_sequence():
 
 def test_from_model_takes_the_values_of_generation_config():
     model = model_of(
-        "default", do_sample=True, temperature=0.5, top_k=3, top_p=0.7, repetition_penalty=1.1
+        "default",
+        do_sample=True,
+        temperature=0.5,
+        top_k=3,
+        top_p=0.7,
+        repetition_penalty=1.1,
+        min_p=0.2,
+        stop_strings="END",
     )
-    assert GenerationConfig.from_model(model) == GenerationConfig(True, 0.5, 3, 0.7, 1.1)
+    expected = GenerationConfig(True, 0.5, 3, 0.7, 1.1, min_p=0.2, stop_strings=["END"])
+    assert GenerationConfig.from_model(model) == expected
     # The recommended settings of the published models leave one candidate: their "sampling" is
     # greedy.
     instruct = {
@@ -361,7 +484,15 @@ def test_sample_upcasts_half_precision_to_float32():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("temperature", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1.1), ("repetition_penalty", 0)],
+    [
+        ("temperature", 0),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+    ],
 )
 def test_generation_config_refuses_impossible_values(field, value):
     with pytest.raises(ValueError, match=f"{field} is {value}, expected"):
@@ -382,6 +513,9 @@ def test_generation_config_refuses_impossible_values(field, value):
         {"top_k": None},
         {"top_k": -1},
         {"top_k": 2.5},
+        {"min_p": 7},
+        {"stop_strings": None},
+        {"stop_strings": []},
         {"repetition_penalty": None},
         {"repetition_penalty": 1},
         {"do_sample": None, "temperature": float("nan")},
@@ -429,6 +563,7 @@ def test_from_model_checks_values_after_options_replace_them(settings, options, 
         ("top_p", [0.9]),
         ("top_k", -1),
         ("top_k", 2.5),
+        ("min_p", "0.1"),
         ("repetition_penalty", 0),
         ("repetition_penalty", {}),
     ],
@@ -439,6 +574,18 @@ def test_from_model_names_file_field_and_option_of_an_invalid_value(name, value)
         GenerationConfig.from_model(model)
     assert f"{name} is {value!r}" in str(caught.value)
     assert f"--{name.replace('_', '-')}" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["", ["a", ""], [3], {"a": 1}, True], ids=str)
+def test_stop_strings_that_are_no_texts_are_refused(value):
+    with pytest.raises(ValueError, match=r"^stop_strings is .*, expected non-empty strings$"):
+        GenerationConfig(stop_strings=value)
+    model = model_of("default", stop_strings=value)
+    message = r"generation_config\.json: stop_strings is .*; --stop replaces it"
+    with pytest.raises(ValueError, match=message):
+        GenerationConfig.from_model(model)
+    replaced = GenerationConfig.from_model(model, stop_strings=["x"])
+    assert replaced == GenerationConfig(stop_strings=["x"])
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def record_stream(monkeypatch, *arguments):
     """Return the arguments of `stream`: text of the prompt, batch, number of tokens, sampling."""
     calls = []
 
-    def fake_stream(model, batch, max_new_tokens, config, decode):
+    def fake_stream(model, batch, max_new_tokens, config, decode, tokenizer):
         calls.append((batch, max_new_tokens, config))
         yield [0]
 
@@ -96,12 +96,19 @@ def test_options_reach_the_model(monkeypatch):
         9,
         "--top-p",
         0.8,
+        "--min-p",
+        0.1,
         "--repetition-penalty",
         1.2,
         "--seed",
         3,
+        "--stop",
+        "\n\n",
+        "--stop",
+        "END",
     )
-    assert sampling == GenerationConfig(True, 0.7, 9, 0.8, 1.2, 3)
+    expected = GenerationConfig(True, 0.7, 9, 0.8, 1.2, 3, min_p=0.1, stop_strings=["\n\n", "END"])
+    assert sampling == expected
     assert count == 5
     pads = text.count("<|image_pad|>") // 2
     image = "<|vision_start|>" + "<|image_pad|>" * pads + "<|vision_end|>"
@@ -152,6 +159,26 @@ def test_prompt_without_media_and_default_prompt_of_an_image(monkeypatch):
     assert "<|vision_end|>Describe this image.<|im_end|>" in text
 
 
+@pytest.mark.parametrize(
+    ("stop_strings", "answer"),
+    [
+        (["top right"], "A blue triangle at the top left, a red circle at the \n"),
+        (["e circle", "tri"], "A blue \n"),
+        (["A"], "\n"),
+    ],
+)
+def test_stop_cuts_the_answer_on_stdout(stop_strings, answer, capsys):
+    options = [option for text in stop_strings for option in ("--stop", text)]
+    assert command.main(["--image", str(IMAGE), "--quiet", *options]) == 0
+    assert capsys.readouterr().out == answer
+
+
+def test_stop_of_surrogate_escapes_is_utf_8(monkeypatch):
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    *_, sampling = record_stream(monkeypatch, "--prompt", "x", "--stop", "\udcc3\udca9")
+    assert sampling.stop_strings == ["é"]
+
+
 def test_temperature_0_is_greedy(monkeypatch):
     *_, sampling = record_stream(monkeypatch, "--prompt", "x", "--temperature", 0)
     assert not sampling.do_sample
@@ -185,6 +212,7 @@ def test_temperature_with_a_top_k_of_1_prints_a_hint(capsys):
         (["--prompt", "x", "--device", "cuda:7"], "the device cuda:7 cannot be used"),
         (["--prompt", "x", "--attention", "flash"], "attention 'flash' cannot be used"),
         (["--prompt", "x", "--top-p", "2"], "top_p is 2.0, expected above 0 and at most 1"),
+        (["--prompt", "x", "--min-p", "2"], "min_p is 2.0, expected 0 (off) to 1"),
         (["--prompt", "x", "--temperature", "nan"], "temperature is nan, expected"),
         (["--prompt", "x", "--temperature", "inf"], "temperature is inf, expected"),
         (["--prompt", "x", "--top-k", "-1"], "top_k is -1, expected"),
@@ -227,6 +255,7 @@ def test_wrong_input_prints_one_sentence_and_returns_2(
         (["--prompt", "x", "--cuda-graph", "--debug-nan"], "--cuda-graph and --debug-nan exclude"),
         (["--prompt", "x", "--nframes", "0"], "--nframes is 0, expected 1 or more"),
         (["--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--prompt", "x", "--stop", ""], "argument --stop: expected text, got an empty string"),
         (["--image", "x", "--draw", "x.png"], "--draw is now a program: python -m apps.grounding"),
         (["--chat"], "--chat is now a program: python -m apps.chat"),
         (["--batch", "x.jsonl"], "--batch is now a program: python -m apps.batch"),

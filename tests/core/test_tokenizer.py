@@ -39,6 +39,8 @@ GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "tokenizer.json").read_text(encoding="utf-8")
 )
 
+ALPHABET = {byte: character for character, byte in BYTE_OF.items()}
+
 ids_of_any_kind = st.lists(
     st.one_of(
         st.integers(0, 255),  # single bytes, most of which are no UTF-8 together
@@ -82,6 +84,11 @@ def by_rank():
 def streamed(tokenizer, ids, skip_special_tokens=True):
     decoder = StreamDecoder(tokenizer, skip_special_tokens)
     return [decoder.push(id) for id in ids] + [decoder.finish()]
+
+
+def first_stop(text, stop_strings):
+    """Return where the first of the stop strings begins, or the end of the text."""
+    return min([text.find(stop) for stop in stop_strings if stop in text], default=len(text))
 
 
 # --- the vocabulary that the tests build ---
@@ -209,6 +216,67 @@ def test_stream_decoder_emits_only_complete_characters(qwen):
     assert streamed(qwen, [9284, 151645, 246, 222]) == ["", "", "", "😀", ""]
     assert streamed(qwen, [9284, 419]) == ["", "\ufffd this", ""]
     assert streamed(qwen, [419, 9284]) == [" this", "", "\ufffd"]
+
+
+@given(ids=ids_of_any_kind, data=st.data())
+def test_stream_decoder_ends_before_the_first_stop_string(qwen, ids, data):
+    """Compared with a search in the whole text after each id, for any bytes and special tokens."""
+    whole = qwen.decode(ids, skip_special_tokens=False)
+    piece = st.just("x")
+    if whole:
+        start = st.integers(0, len(whole) - 1)
+        piece = st.tuples(start, st.integers(1, 6)).map(lambda span: whole[span[0] :][: span[1]])
+    stop_strings = data.draw(
+        st.lists(st.one_of(piece, st.text(min_size=1)), min_size=1, max_size=3)
+    )
+    decoder = StreamDecoder(qwen, skip_special_tokens=False, stop_strings=stop_strings)
+    plain = StreamDecoder(qwen, skip_special_tokens=False)
+    text, generated = "", ""
+    for id in ids:
+        text += decoder.push(id)
+        generated += plain.push(id)
+        cut = first_stop(generated, stop_strings)
+        assert decoder.stopped == (cut < len(generated))
+        assert text == generated[: len(text)]
+        if decoder.stopped:
+            assert text == generated[:cut]
+            assert decoder.push(419) == decoder.finish() == ""
+            return
+        held = generated[len(text) :]  # the start of a stop string, and no more
+        assert not held or any(stop.startswith(held) for stop in stop_strings)
+    generated += plain.finish()
+    text += decoder.finish()
+    assert text == generated[: first_stop(generated, stop_strings)]
+
+
+@pytest.mark.parametrize(
+    ("text", "stop_strings", "expected"),
+    [
+        ("one two three", ["wo th"], "one t"),  # spans tokens, and begins and ends within them
+        ("one two three", ["two", "one two"], ""),
+        ("one two", ["two three"], "one two"),  # held back to the end
+        ("aaab", ["aab"], "a"),
+        ("x日本y", ["本"], "x日"),
+        ("a👩‍👧b", ["\u200d"], "a👩"),
+        ("a<|box_start|>(1,2)<|box_end|>b", ["<|box_end|>"], "a(1,2)"),
+        ("a<|box_start|>(1,2)<|box_end|>b", [")b"], "a(1,2)b"),
+        ("a<|box_start|>(1,2)<|box_end|>b", [",2)<|box_end|>b"], "a(1"),
+        ("one\n\ntwo", "\n\n", "one"),
+    ],
+)
+def test_decode_cuts_the_text_before_a_stop_string(qwen, text, stop_strings, expected):
+    ids = qwen.encode(text)
+    assert qwen.decode(ids, stop_strings=stop_strings) == expected
+    assert qwen.batch_decode([ids, ids], stop_strings=stop_strings) == [expected] * 2
+    single_bytes = [qwen.token_id(ALPHABET[byte]) for byte in text.encode()]
+    if "<|" not in text:
+        assert qwen.decode(single_bytes, stop_strings=stop_strings) == expected
+
+
+@pytest.mark.parametrize("stop_strings", ["", [""], ["a", ""], [1]], ids=repr)
+def test_stream_decoder_refuses_stop_strings_that_are_no_texts(qwen, stop_strings):
+    with pytest.raises(ValueError, match=r"stop_strings is .*, expected non-empty strings"):
+        StreamDecoder(qwen, stop_strings=stop_strings)
 
 
 def test_stream_decoder_does_not_wait_for_bytes_that_cannot_come(qwen):
