@@ -233,10 +233,11 @@ def load_video(source: Any, config: ImageConfig | None = None, **options: float)
     """Sample and resize a video.
 
     source: a video file (anything `open_media` takes), a directory or list of images (anything
-    `load_image` takes), or an array or tensor [F, H, W, 3] or [F, 3, H, W]. By default 2 frames per
-    second, at least 4, at most 768, an even number, each with up to 768 tokens; options: those of
-    VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14 (`video.py` has the rules). A damaged video gives the
-    frames that can be decoded, with a warning.
+    `load_image` takes), or an array or tensor [F, H, W, 3] or [F, 3, H, W] (uint8, or floats of 0…1
+    or 0…255). Of a file, by default 2 frames per second, at least 4, at most 768, an even number;
+    of the others all, where fps is how many made a second. Each has up to 768 tokens; options:
+    those of VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14 (`video.py` has the rules). A damaged video
+    gives the frames that can be decoded, with a warning.
 
     Raises FileNotFoundError, ValueError or TimeoutError with one sentence naming the source.
     """

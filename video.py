@@ -21,6 +21,11 @@ equal wherever that gives any. The differences:
 * Frames are upright, in display proportions, composited on white, and resized by Pillow, as
   images are.
 
+The `fetch_video` in transformers' documentation of Qwen2-VL is another rule: 1 frame per second,
+rounded to the nearest even number and without bounds, at `torch.linspace(0, last, count)` cut to
+integers, and not resized. `fps=1.0` comes close to it; its result, and that of qwen-vl-utils, can
+be passed as a video, see `given_frames`.
+
 `video_decode.py` reads the files. Only sampled frames are converted to RGB, and they are yielded
 one by one, so memory holds one frame in full and a few numbers for each frame of the video.
 """
@@ -39,7 +44,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from media import load_image
+from media import load_image, to_numpy
 from video_decode import Frame, VideoError, VideoIndex, read_frames, read_index
 
 DEFAULT_FPS = 2.0
@@ -51,6 +56,7 @@ MIN_SIZE_TOKENS = 4  # of one frame whose size is asked for
 MAX_SIZE_TOKENS = 16384  # of one frame whose size is asked for
 TOTAL_TOKENS = 128000 * 0.9  # of all frames; a token covers temporal_patch_size of them
 RATE_TOLERANCE = 0.1  # by which a declared rate may differ from that of the timestamps
+CHANNELS = (1, 3, 4)  # of a frame: gray, RGB, RGBA
 NOT_FRAMES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}  # and every name that starts with a dot
 POSITIVE_OPTIONS = {
     "fps",
@@ -316,15 +322,14 @@ def given_frames(source: Any) -> Sequence | None:
     video file.
 
     Every item is something that `load_image` takes; images of a directory are in natural order (2
-    before 10).
+    before 10). An array or tensor is [F, H, W, 3] or [F, 3, H, W]: uint8, floats of 0…1, or floats
+    of 0…255 as qwen-vl-utils returns them. Raises ValueError for another or an ambiguous shape.
     """
     if isinstance(source, list | tuple):
         return source
     if hasattr(source, "shape") and hasattr(source, "ndim"):  # of NumPy, torch, JAX, …
-        if source.ndim != 4:
-            expected = "[frames, height, width, 3] or [frames, 3, height, width]"
-            raise ValueError(f"expected a video as {expected}, got {list(source.shape)}")
-        return source
+        check_video_shape(list(source.shape))
+        return float_levels(source)
     if not isinstance(source, str | Path):
         return None
     path = str(source)
@@ -334,6 +339,41 @@ def given_frames(source: Any) -> Sequence | None:
         return None
     files = [file for file in Path(path).iterdir() if file.is_file() and is_frame(file.name)]
     return sorted(files, key=natural)
+
+
+def check_video_shape(shape: list[int]) -> None:
+    """Raise ValueError unless one axis alone can be the channels of a video."""
+    expected = "expected a video as [frames, height, width, 3] or [frames, 3, height, width]"
+    if len(shape) != 4:
+        raise ValueError(f"{expected}, got {shape}")
+    if 0 in shape:
+        return  # `frames_between` reports that there is no frame
+    is_first = shape[1] in CHANNELS
+    is_last = shape[3] in CHANNELS
+    if not is_first and not is_last:
+        raise ValueError(f"{expected}, got {shape}")
+    # [3, 4, height, width] may be three RGBA frames, and as well the colors of four frames.
+    is_ambiguous = is_last or (shape[0] == 3 and shape[1] != 3)
+    if is_first and is_ambiguous:
+        raise ValueError(
+            f"{expected}, got {shape}, where two axes can be the channels: pass a list of Pillow "
+            "images"
+        )
+
+
+def float_levels(source: Any) -> Any:
+    """Return an array or tensor of floats of 0…255 as uint8, rounded; any other as it is.
+
+    Its range is that of all frames together, as one frame of a video may be black.
+    """
+    if not isinstance(source, np.ndarray) and not hasattr(source, "detach"):
+        return source
+    array = to_numpy(source)
+    if array.dtype.kind != "f" or array.size == 0:
+        return source
+    if array.max() > 1 and array.min() >= 0 and array.max() <= 255:
+        return np.round(array).astype(np.uint8)
+    return source
 
 
 def is_frame(name: str) -> bool:

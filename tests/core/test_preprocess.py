@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_golden_preprocess import BOUNDS, GOLDEN, ROTATED, draw_pixels, sample_images, summary
@@ -300,6 +301,30 @@ def test_preprocess_videos_treats_frames_as_images():
     for n, frame in enumerate(frames):
         alone = preprocess_images([frame], ImageConfig())[0].reshape(-1, 3, 2, 14, 14)
         assert np.array_equal(cubes[n // 2, :, :, n % 2], alone[:, :, 0])
+
+
+@pytest.mark.parametrize("size", [(280, 392), (200, 300), (1300, 900)])
+@pytest.mark.parametrize("kind", ["uint8", "float"])
+def test_video_tensor_in_a_message_has_the_pixel_values_of_the_reference(size, kind, processor):
+    """The reference's video processor needs torchvision; its image processor takes each frame."""
+    height, width = size
+    frames = [draw_pixels(height, width) // (n + 1) for n in range(4)]
+    tensor = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)  # [F, 3, H, W]
+    if kind == "float":
+        tensor = tensor.float()
+    item = {"type": "video", "video": tensor, "fps": 1.0}
+    batch = processor([{"role": "user", "content": [item]}])
+    [[gt, gh, gw]] = batch.video_grid_thw.tolist()
+    columns = batch.pixel_values_videos.reshape(gt, gh * gw, 3, 2, 14, 14)
+    bounds = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+    reference = Qwen2VLImageProcessorPil(size=bounds)
+    for n, frame in enumerate(frames):
+        expected = reference([Image.fromarray(frame)], return_tensors="np")
+        assert expected["image_grid_thw"].tolist() == [[1, gh, gw]]
+        pixels = expected["pixel_values"].reshape(gh * gw, 3, 2, 14, 14)[:, :, 0]
+        assert_same_bits(
+            np.ascontiguousarray(columns[n // 2, :, :, n % 2]), np.ascontiguousarray(pixels)
+        )
 
 
 def test_preprocess_videos_refuses_unequal_or_missing_frames():

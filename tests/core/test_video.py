@@ -847,6 +847,70 @@ def test_load_video_reads_lists_and_arrays(tmp_path, no_warnings):
         assert len(load_video(source, SMALL, nframes=9).frames) == 9
 
 
+def test_load_video_reads_what_other_libraries_return_for_a_video(no_warnings):
+    """The tensors of `fetch_video`, uint8 or floats of 0…255, and every other spelling of them."""
+    frames = np.stack(draw_frames(6, 64, 48))
+    frames[0] = frames[0] // 255  # a nearly black frame: its floats alone could be 0…1
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2)  # [F, 3, H, W]
+    sources = [
+        tensor,
+        tensor.contiguous(),
+        tensor.float(),
+        tensor.float() / 255,
+        tensor.double(),
+        tensor.float().requires_grad_(),
+        tensor.numpy(),
+        tensor.float().numpy(),
+        frames.astype(np.float64) / 255,
+        frames.astype(np.int64),
+        list(tensor),
+        [Image.fromarray(frame) for frame in frames],
+        list(frames),
+    ]
+    for source in sources:
+        assert np.array_equal(load_video(source, SMALL).frames, frames)
+        assert load_video(source, SMALL).timestamps == [0, 0.5, 1, 1.5, 2, 2.5]
+        assert load_video(source, SMALL, fps=1.0).timestamps == [0, 1, 2, 3, 4, 5]
+        assert len(load_video(source, SMALL, nframes=4).frames) == 4
+
+
+def test_given_frames_rounds_floats_of_levels():
+    array = np.full((2, 8, 8, 3), 254.6, np.float32)
+    assert (video.given_frames(array) == 255).all()
+    assert video.given_frames(array / 255).dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_ambiguous"),
+    [
+        ((4, 3, 20, 3), True),
+        ((4, 20, 3, 4), False),  # a thin RGBA frame: axis 1 is no number of channels
+        ((3, 4, 48, 64), True),  # RGBA frames, or the colors of four frames
+        ((3, 1, 48, 64), True),
+        ((3, 6, 48, 64), None),  # [3, frames, height, width]
+        ((6, 48, 64, 2), None),
+        ((1, 6, 3, 48, 64), None),
+        ((6, 48, 64), None),
+        ((3, 3, 48, 64), False),
+        ((3, 48, 64, 3), False),
+    ],
+    ids=str,
+)
+def test_given_frames_refuses_shapes_that_are_no_video_or_two(shape, is_ambiguous):
+    array = np.zeros(shape, np.uint8)
+    if is_ambiguous is False:
+        assert video.given_frames(array) is array
+        return
+    expected = "expected a video as [frames, height, width, 3] or [frames, 3, height, width], got "
+    if is_ambiguous:
+        advice = ", where two axes can be the channels: pass a list of Pillow images"
+    else:
+        advice = ""
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_video(array, SMALL)
+    assert str(caught.value) == f"{expected}{list(shape)}{advice}"
+
+
 def test_load_video_warns_when_a_list_has_fewer_frames_than_requested():
     message = "nframes 20 is more than the 5 frames there are: all are taken"
     with pytest.warns(UserWarning, match=message):
