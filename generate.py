@@ -64,7 +64,7 @@ def sampling_problem(name: str, value: object) -> str | None:
         expected = "0 (off) to 1"
     elif name == "stop_strings":
         valid = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-        expected = "non-empty strings"
+        expected = "a list of non-empty strings"
     else:
         valid = is_number(value) and 0 < value <= 1
         expected = "above 0 and at most 1"
@@ -92,6 +92,8 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
             self.stop_strings = [self.stop_strings]
+        elif isinstance(self.stop_strings, tuple):
+            self.stop_strings = list(self.stop_strings)
         for name in (*SAMPLING_FIELDS, "repetition_penalty", "stop_strings"):
             problem = sampling_problem(name, getattr(self, name))
             if problem:

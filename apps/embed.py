@@ -24,6 +24,7 @@ import argparse
 import itertools
 import json
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -34,11 +35,13 @@ from torch import Tensor
 
 import command_line
 from conversations import content_kind, read_conversation
+from errors import first_line
 from preprocess import Batch, Processor
 from qwen2vl import Qwen2VL
 
 logger = logging.getLogger("qwen2vl")
 
+NAME_LENGTH = 200  # characters of a text that are kept as the name of its vector
 Input = tuple[str, list[dict]]  # the name of a vector, and the messages
 
 
@@ -146,7 +149,8 @@ def read_inputs(arguments: argparse.Namespace, processor: Processor) -> Iterator
                 content = json.loads(text) if is_json else {"text": text}
                 yield read_input(content, arguments, processor)
             except (OSError, ValueError, RecursionError) as error:
-                logger.warning("line %d of %s is left out: %s", number, arguments.input, error)
+                reason = first_line(error)
+                logger.warning("line %d of %s is left out: %s", number, arguments.input, reason)
 
 
 def make_batches(
@@ -172,10 +176,22 @@ def format_table(names: list[str], vectors: Tensor) -> str:
     return "\n".join(lines)
 
 
+def check_paths(path: str | None, out: str | None) -> None:
+    """Raise FileNotFoundError or ValueError for an --input or --out that is unusable."""
+    if path is not None and not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {path}, expected one with an input on each line")
+    if out is None:
+        return
+    command_line.check_directory(out)
+    if os.path.isdir(out):
+        raise ValueError(f"--out is {out}, expected a file")
+    if path is not None and os.path.exists(out) and os.path.samefile(path, out):
+        raise ValueError(f"--out is the file of the inputs, {path}, expected another one")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Compute the vectors; write or compare them. Raises OSError or ValueError in one sentence."""
-    if arguments.out is not None:
-        command_line.check_directory(arguments.out)
+    check_paths(arguments.input, arguments.out)
     directory, processor = command_line.load_processor(arguments)
     batches = make_batches(arguments, processor)
     # Before the model: a wrong path should not wait until the weights are loaded.
@@ -193,7 +209,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(format_table(names, vectors))
         return
     with command_line.naming(arguments.out), open(arguments.out, "wb") as file:
-        np.savez(file, vectors=vectors.numpy(), names=np.array(names))
+        # An array of texts has room for the longest one at each place.
+        short_names = np.array([name[:NAME_LENGTH] for name in names])
+        np.savez(file, vectors=vectors.numpy(), names=short_names)
     logger.info("%s: %d vectors of %d values", arguments.out, *vectors.shape)
 
 

@@ -144,6 +144,11 @@ def test_lines_of_a_file_have_the_vectors_of_the_options(compute, tmp_path):
     assert gap(vectors["a circle"], expected["a circle"]) < 1e-5
 
 
+def test_names_of_long_texts_are_cut(compute, tmp_path):
+    vectors, _ = compute("--text", "a" * 3000, "--text", "a dog")
+    assert list(vectors) == ["a" * 200, "a dog"]
+
+
 def test_table_holds_the_cosine_similarities(compute, capsys):
     inputs = ["--image", SHAPES, "--text", "a circle", "--text", "a dog"]
     vectors = np.stack([*compute(*inputs)[0].values()])
@@ -190,10 +195,11 @@ def test_bad_lines_cost_a_warning_each(compute, tmp_path):
     ("options", "sentence"),
     [
         (["--image", "missing.png"], "there is no image at missing.png"),
-        (["--input", "missing.txt", "--out", "x.npz"], "No such file or directory: 'missing.txt'"),
+        (["--input", "missing.txt", "--out", "x.npz"], "there is no file missing.txt, expected"),
         (["--input", "empty.txt", "--out", "x.npz"], "empty.txt holds no line that can be used"),
         (["--text", "x", "--out", "missing/x.npz"], "there is no directory missing"),
-        (["--text", "x", "--out", "."], "Is a directory"),
+        (["--text", "x", "--out", "."], "--out is ., expected a file"),
+        (["--input", "empty.txt", "--out", "empty.txt"], "--out is the file of the inputs"),
     ],
 )
 def test_what_a_user_can_fix_is_one_sentence(options, sentence, tmp_path, monkeypatch, capsys):
