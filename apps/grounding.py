@@ -146,9 +146,9 @@ def run(arguments: argparse.Namespace) -> None:
     config = choose_generation_config(arguments, session.model)
     tokenizer = session.processor.tokenizer
     [ids] = generate(session.model, session.batch, arguments.max_new_tokens, config, tokenizer)
-    stop_strings = config.stop_strings
-    print(tokenizer.decode(ids, stop_strings=stop_strings))
-    boxes = find_boxes(tokenizer.decode(ids, False, stop_strings))
+    print(tokenizer.decode(ids, stop_strings=config.stop_strings))
+    # Not cut, as a stop string such as <|box_end|> may close a box.
+    boxes = find_boxes(tokenizer.decode(ids, skip_special_tokens=False))
     for box in boxes:
         print(format_box(box, *session.batch.media[0].size))
     if arguments.out is None:
