@@ -515,7 +515,7 @@ def test_ask_continues_after_an_answer_that_a_stop_string_cut(monkeypatch):
     tokenizer = PROCESSOR.tokenizer
     [expected] = generate.generate(chat.model, batch, 30, config, tokenizer)
     assert list(chat.ask("And now?")) == expected
-    assert chat.computed.input_ids.shape[1] < batch.input_ids.shape[1]
+    assert chat.prompt_tokens < batch.input_ids.shape[1]
 
 
 def test_stop_cuts_the_answers_of_the_program(converse):
