@@ -1,6 +1,6 @@
 """A checkpoint by directory or hub name → its weight files, or why it cannot be loaded.
 
-Quantized uploads, adapters, GGUF files, pickles and other models are named in one sentence, before
+Quantized uploads, GGUF files, pickles and other models are named in one sentence, before
 their tensors are listed.
 """
 
@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import safe_open
 
 import hub
@@ -135,6 +137,39 @@ def open_shard(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a safetensors file."""
+
+    path: Path
+    shard: safe_open
+    key: str  # its name there
+
+    def shape(self) -> list[int]:
+        with naming(self.path):
+            return self.shard.get_slice(self.key).get_shape()
+
+    def is_floating_point(self) -> bool:
+        with naming(self.path):
+            return "F" in self.shard.get_slice(self.key).get_dtype()  # F32, BF16, F8_E4M3
+
+    def load(self) -> torch.Tensor:
+        """Return the tensor, in place in the mapped file."""
+        with naming(self.path):
+            return self.shard.get_tensor(self.key)
+
+
+def parameter_name(name: str) -> str:
+    """Return a tensor's name in `Qwen2VL`, which is that of the hub, from that in any layout.
+
+    transformers 5.x nests both halves under `model.`, a save of its bare model has them at the top,
+    and a save of a model within a model has one `model.` too many.
+    """
+    name = re.sub(
+        r"^(?:model\.|language_model\.)*(?=(?:model|visual|language_model|lm_head)\.)", "", name
+    )
+    return re.sub(r"^language_model\.", "model.", name)
+
+
 def first_few(names: list[str], limit: int = 3) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(names[:limit])
@@ -255,14 +290,10 @@ def gguf_refusal(source: str | Path) -> str:
 
 
 def adapter_refusal(folder: Path) -> str:
-    """Return the sentence for a LoRA adapter, with the name of its base model."""
-    base = None
-    with suppress(OSError, ValueError):  # the name is an extra: the sentence holds without it
-        base = read_json(folder, "adapter_config.json").get("base_model_name_or_path")
-    base = base if isinstance(base, str) and base else "its base model"
+    """Return the sentence for a LoRA adapter where a full checkpoint is needed."""
     return (
-        f"{folder} holds an adapter (LoRA) for {base}, which cannot be loaded: merge it into the "
-        "base model with PEFT's merge_and_unload, and use the directory of the merged model"
+        f"{folder} holds a LoRA adapter, expected the weights of a whole model: name its base "
+        f"model with --model and the adapter with --adapter {folder}"
     )
 
 

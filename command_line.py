@@ -25,10 +25,12 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 import linear
+from adapters import find_adapters
 from checkpoint_files import check_supported, find_checkpoint
 from load_weights import load_model
-from preprocess import Batch, Processor
+from preprocess import Batch, Processor, holds_image_settings
 from qwen2vl import Qwen2VL
+from tokenizer_files import holds_tokenizer
 
 logger = logging.getLogger("qwen2vl")
 
@@ -117,7 +119,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="DIR_OR_NAME",
-        help="a checkpoint directory or hub name (default: the bundled tiny one)",
+        help="a checkpoint directory or hub name, or that of a LoRA adapter, which is merged into "
+        "its base model (default: the bundled tiny one)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR_OR_NAME",
+        help="a LoRA adapter that is merged into --model; repeat for several",
     )
     parser.add_argument(
         "--processor",
@@ -341,16 +351,27 @@ def open_session(arguments: argparse.Namespace) -> Session:
 def load_processor(arguments: argparse.Namespace, weights: bool = True) -> tuple[Path, Processor]:
     """Return the directory of --model, and the processor of --processor or of that checkpoint.
 
+    Where --model is an adapter, the directory is that of its base model, and `arguments.adapter`
+    becomes the list of the directories of all adapters, so that a hub name is looked up only once.
+    Tokenizer and image settings come from the last adapter that holds them, else from the model.
     weights: whether those are downloaded, too. Raises OSError or ValueError.
     """
-    directory = find_checkpoint(arguments.model or BUNDLED_CHECKPOINT, weights)
+    name = arguments.model or BUNDLED_CHECKPOINT
+    directory, arguments.adapter = find_adapters(name, arguments.adapter, weights)
     check_supported(directory)  # first: what is wrong is the checkpoint, not a file that it lacks
     bounds = (arguments.min_pixels, arguments.max_pixels)
     if arguments.processor is not None:
         source = find_checkpoint(arguments.processor, weights=False)
         return directory, Processor.from_pretrained(source, *bounds)
+    tokenizer_directory = directory
+    image_directory = directory
+    for adapter in arguments.adapter:
+        if holds_tokenizer(adapter):
+            tokenizer_directory = adapter
+        if holds_image_settings(adapter):
+            image_directory = adapter
     try:
-        return directory, Processor.from_pretrained(directory, *bounds)
+        return directory, Processor.from_pretrained(image_directory, *bounds, tokenizer_directory)
     except FileNotFoundError as error:
         hint = "if it was published without, name a checkpoint that has it with --processor"
         raise FileNotFoundError(f"{error} ({hint})") from error
@@ -364,7 +385,14 @@ def load_checkpoint(
     dtype = None
     if arguments.dtype is not None:
         dtype = getattr(torch, arguments.dtype)
-    model = load_model(directory, arguments.device, dtype, arguments.attention, arguments.quantize)
+    model = load_model(
+        directory,
+        arguments.device,
+        dtype,
+        arguments.attention,
+        arguments.quantize,
+        arguments.adapter,
+    )
     processor.check_model(model.config)
     logger.info(describe_model(arguments, model, time.perf_counter() - start))
     return model
@@ -403,6 +431,9 @@ def describe_model(arguments: argparse.Namespace, model: Qwen2VL, seconds: float
     else:
         size = f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters"
     name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"
+    if arguments.adapter:
+        noun = "adapter" if len(arguments.adapter) == 1 else "adapters"
+        size += f", {len(arguments.adapter)} {noun} merged"
     line = f"loaded {name}: {size}, {dtype}, {model.attn_implementation} attention, "
     line += f"on {weight.device}, in {seconds:.2f} s"
     if not arguments.model:

@@ -15,28 +15,30 @@ import os
 import re
 import reprlib
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import linear
+from adapters import Update, apply_adapters, check_base, find_adapters, merge_updates
 from checkpoint_files import (
     WEIGHTS,
+    StoredTensor,
     check_not_quantized,
     check_supported,
-    find_checkpoint,
     first_few,
     naming,
     open_shard,
+    parameter_name,
     weight_files,
 )
+from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
 from errors import first_line
 from json_files import read_json
 from qwen2vl import Config, Qwen2VL, VisionConfig
@@ -209,39 +211,6 @@ def first_dtype(path: Path) -> torch.dtype:
 
 
 # ------------------------------------------------------------------------------------------ tensors
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    path: Path
-    shard: safe_open
-    key: str  # its name there
-
-    def shape(self) -> list[int]:
-        with naming(self.path):
-            return self.shard.get_slice(self.key).get_shape()
-
-    def is_floating_point(self) -> bool:
-        with naming(self.path):
-            return "F" in self.shard.get_slice(self.key).get_dtype()  # F32, BF16, F8_E4M3
-
-    def load(self) -> torch.Tensor:
-        """Return the tensor, in place in the mapped file."""
-        with naming(self.path):
-            return self.shard.get_tensor(self.key)
-
-
-def parameter_name(name: str) -> str:
-    """Return a tensor's name in `Qwen2VL`, which is that of the hub, from that in any layout.
-
-    transformers 5.x nests both halves under `model.`, a save of its bare model has them at the top,
-    and a save of a model within a model has one `model.` too many.
-    """
-    name = re.sub(
-        r"^(?:model\.|language_model\.)*(?=(?:model|visual|language_model|lm_head)\.)", "", name
-    )
-    return re.sub(r"^language_model\.", "model.", name)
-
-
 def common_prefix(names: list[str], expected: set[str]) -> str:
     """Return the prefix of all names ("module.", "_orig_mod.") without which most are expected."""
     shared = [""]
@@ -396,18 +365,23 @@ def load_model(
     dtype: torch.dtype | None = None,
     attn_implementation: str = "auto",
     quantize: str | None = None,
+    adapters: Sequence[str | Path] = (),
 ) -> Qwen2VL:
     """Return the checkpoint as a model in eval mode.
 
+    name_or_folder: a directory or hub name; that of a LoRA adapter loads its base model with it.
     device: by default CUDA where there is one, else the CPU. dtype: of all parameters,
     by default `checkpoint_dtype`.
     attn_implementation: "eager", "sdpa", "flash", or "auto": flash-attn where it is
     installed and can run, else sdpa.
     quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits.
+    adapters: directories or hub names of LoRA adapters, which are merged into the weights in order.
     Raises OSError or ValueError: one sentence that names the file, tensor
     or field that cannot be loaded.
     """
-    folder = find_checkpoint(name_or_folder)
+    folder, adapter_folders = find_adapters(name_or_folder, adapters)
+    if adapter_folders:
+        check_base(folder)
     config = load_config(folder)
     device = find_device(device)
     paths = weight_files(folder)
@@ -417,13 +391,17 @@ def load_model(
     names = {name for name, _ in model.named_parameters()}
     stored = list_tensors(paths, names | {HEAD})
     check_not_quantized(folder, list(stored))
-    was_tied = config.tie_word_embeddings
+    file_config = replace(config)
     resolve_head(config, stored, dtype)
-    if config.tie_word_embeddings != was_tied:
-        model = empty_model(config, attn_implementation)  # with a head of its own
+    updates = apply_adapters(adapter_folders, folder, config, stored)
+    if config != file_config:
+        model = empty_model(config, attn_implementation)  # with a head of its own, or more tokens
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
     check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
-    state = {name: tensor.load().to(device, dtype) for name, tensor in stored.items()}
+    state = {
+        name: load_parameter(tensor, updates.get(name, []), device, dtype)
+        for name, tensor in stored.items()
+    }
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
@@ -433,6 +411,18 @@ def load_model(
     if quantize is not None:
         linear.quantize_linears(model, quantize)
     return model.eval()
+
+
+def load_parameter(
+    tensor: StoredTensor, updates: list[Update], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return a stored tensor as a parameter; without updates by adapters in place where possible.
+
+    Only one matrix at a time is merged, so that no second copy of the model exists.
+    """
+    if not updates:
+        return tensor.load().to(device, dtype)
+    return merge_updates(tensor.load().to(device), updates, dtype)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:

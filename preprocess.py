@@ -25,7 +25,7 @@ from PIL import Image
 
 import video
 from conversations import SOURCE_KEYS, content_kind, item_source, read_conversation
-from json_files import read_json
+from json_files import read_json, read_optional_json
 from media import load_image, open_media, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer
 from video_decode import UnreliableIndex
@@ -117,6 +117,13 @@ class ImageConfig:
                     f"the image settings in {folder} hold an unknown field: {name}", stacklevel=3
                 )
         return cls(**{name: whole(value) for name, value in given.items() if name in known})
+
+
+def holds_image_settings(folder: Path) -> bool:
+    """Return whether a directory holds what `ImageConfig` reads; that of an adapter may."""
+    if (folder / "preprocessor_config.json").is_file():
+        return True
+    return bool(read_optional_json(folder / "processor_config.json").get("image_processor"))
 
 
 def pixel_bounds(size: Any) -> dict:
@@ -520,19 +527,24 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        folder: str | Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        tokenizer_folder: str | Path | None = None,
     ) -> "Processor":
         """Read tokenizer and image settings of a checkpoint directory.
 
         Bounds given here replace the directory's for images, and the usual ones for the frames of a
-        video. Raises FileNotFoundError or ValueError.
+        video. tokenizer_folder: where the tokenizer's files are, if not in `folder`.
+        Raises FileNotFoundError or ValueError.
         """
         bounds: dict[str, Any] = {}
         if min_pixels is not None:
             bounds["min_pixels"] = min_pixels
         if max_pixels is not None:
             bounds["max_pixels"] = max_pixels
-        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(tokenizer_folder or folder)
         image_config = replace(ImageConfig.from_pretrained(folder), **bounds)
         return cls(tokenizer, image_config, bounds)
 

@@ -50,6 +50,11 @@ class SpecialTokens(NamedTuple):
     extra: list[str]
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Return whether a directory holds a vocabulary; that of an adapter may."""
+    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+
+
 def call_tokenizers(function: Callable, source: Path, *args: object) -> Any:
     """Call into the `tokenizers` library; turn whatever it raises into a ValueError with `source`.
 

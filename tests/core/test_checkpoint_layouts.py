@@ -385,25 +385,20 @@ def test_main_refuses_quantized_tensors_that_the_config_does_not_name(
     assert f"quantized with {method}, which" in refusal(write(config, weights), capsys)
 
 
-def test_main_refuses_an_adapter_and_names_its_base(published, write, tmp_path, capsys):
+def test_load_config_refuses_an_adapter_and_names_the_options(published, write):
     folder = write(*published)
-    lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 128)}
-    save_file(lora, folder / "adapter_model.safetensors")
-    adapter = {"base_model_name_or_path": "Qwen/Qwen2-VL-7B-Instruct", "peft_type": "LORA"}
-    (folder / "adapter_config.json").write_text(json.dumps(adapter))
-    sentence = refusal(folder, capsys)
-    assert "an adapter (LoRA) for Qwen/Qwen2-VL-7B-Instruct" in sentence
-    assert "merge_and_unload" in sentence
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (folder / name).unlink()
-        assert refusal(folder, capsys) == sentence
-    assert refusal(folder, capsys, estimate) == sentence
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"a LoRA adapter, .* with --adapter"):
+        load_config(folder)
 
 
 def test_main_refuses_adapter_tensors_without_an_adapter_config(published, write, capsys):
     config, weights = published
     weights["model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.zeros(2, 128)
-    assert "an adapter (LoRA)" in refusal(write(config, weights), capsys)
+    assert "a LoRA adapter, expected the weights of a whole model" in refusal(
+        write(config, weights), capsys
+    )
 
 
 def test_main_refuses_gguf_as_file_and_directory(tmp_path, capsys):
@@ -719,10 +714,10 @@ def test_find_checkpoint_lets_keyboard_interrupt_through(monkeypatch):
         find_checkpoint("Someone/Qwen2-VL")
 
 
-def test_main_refuses_an_adapter_repository(tmp_path, monkeypatch, capsys):
+def test_find_checkpoint_accepts_an_adapter_repository(tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Base"}')
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
-    assert "an adapter (LoRA) for Qwen/Base" in refusal("Someone/lora", capsys)
+    assert find_checkpoint("Someone/lora") == tmp_path
 
 
 # ------------------------------------------------------------------------------------------- saving
