@@ -31,11 +31,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_files import (
-    INDEX,
-    WEIGHTS,
     StoredTensor,
     find_checkpoint,
     first_few,
+    holds_model,
     naming,
     open_shard,
     parameter_name,
@@ -67,9 +66,7 @@ def is_adapter(folder: Path) -> bool:
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         return False
-    if any(folder.glob("adapter_model.*")):
-        return True
-    return not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file()
+    return any(folder.glob("adapter_model.*")) or not holds_model(folder)
 
 
 def find_adapters(
@@ -89,11 +86,14 @@ def find_adapters(
     base = find_checkpoint(name_or_folder, weights)
     chain: list[Path] = []  # from name_or_folder down to the model
     while is_adapter(base):
-        if base in chain:
+        adapter = base
+        chain.append(adapter)
+        base = find_base(adapter, weights)
+        logger.info("the base model of the adapter in %s is %s", adapter, base)
+        if holds_model(base) and base.samefile(adapter):
+            break  # saved into the directory of its base model
+        if any(base.samefile(earlier) for earlier in chain):
             raise ValueError(f"{base}: base_model_name_or_path leads back to the adapter itself")
-        chain.append(base)
-        base = find_base(base, weights)
-        logger.info("the base model of the adapter in %s is %s", chain[-1], base)
     return base, [*reversed(chain), *folders]
 
 

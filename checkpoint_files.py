@@ -52,6 +52,11 @@ def find_checkpoint(name_or_folder: str | Path, weights: bool = True) -> Path:
     return hub.snapshot(name, weights)
 
 
+def holds_model(folder: Path) -> bool:
+    """Return whether a directory holds the weights of a whole model, under a name that is read."""
+    return (folder / WEIGHTS).is_file() or (folder / INDEX).is_file()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a directory: `model.safetensors`, else those of the index.
 
@@ -241,7 +246,7 @@ def check_supported(folder: str | Path) -> None:
     method = quantization_method(raw_config)
     if method is not None:
         raise ValueError(quantized_refusal(folder, method, raw_config))
-    if any(folder.glob("adapter_model.*")):
+    if any(folder.glob("adapter_model.*")) and not holds_model(folder):
         raise ValueError(adapter_refusal(folder))
 
 

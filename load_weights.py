@@ -459,6 +459,59 @@ def choose_attention(wanted: str, device: torch.device, dtype: torch.dtype) -> s
     return "sdpa" if obstacle else "flash"
 
 
+# --------------------------------------------------------------------------------------- new tokens
+def resize_token_embeddings(model: Qwen2VL, new_size: int) -> None:
+    """Give embeddings and head `new_size` rows, for the tokens that a fine-tune adds.
+
+    Rows that stay keep their bits. New ones are drawn from a normal distribution around the mean of
+    the old ones, so that new tokens are about as probable as an average one. `config.vocab_size`
+    follows, and tied matrices stay tied. The published models have more rows than tokens: with
+    151936 rows and 151657 tokens, there is room for 279 more.
+    Raises ValueError for a size below the special tokens, or for a quantized model.
+    Source: transformers 5.23.0, `resize_token_embeddings` with its default `mean_resizing`.
+    """
+    config = model.config
+    largest = max(config.image_token_id, config.video_token_id, config.vision_end_token_id)
+    if new_size <= largest:
+        raise ValueError(
+            f"new_size: expected more than the largest special token, {largest}, got {new_size}"
+        )
+    if not isinstance(model.lm_head, nn.Linear):
+        raise ValueError("a quantized model cannot be resized: resize it before it is quantized")
+    embedding = resize_rows(model.model.embed_tokens.weight, new_size)
+    head = embedding
+    if not config.tie_word_embeddings:
+        head = resize_rows(model.lm_head.weight, new_size)
+    config.vocab_size = new_size
+    model.model.embed_tokens.weight = embedding
+    model.model.embed_tokens.num_embeddings = new_size
+    model.lm_head.weight = head
+    model.lm_head.out_features = new_size
+
+
+def resize_rows(weight: torch.Tensor, new_size: int) -> nn.Parameter:
+    """Return the parameter [V, C] with `new_size` rows: fewer, or more that are drawn at random.
+
+    New rows are N(mean, 1e-9 · covariance) of the old ones, in float32; the mean alone where the
+    covariance is singular, as it is with fewer tokens than C.
+    Source: transformers 5.23.0, `_init_added_embeddings_weights_with_mean`; "Initializing New Word
+    Embeddings for Pretrained Language Models", John Hewitt, 2021.
+    """
+    old = weight.detach()
+    count = new_size - len(old)
+    if count <= 0:
+        return nn.Parameter(old[:new_size].clone(), weight.requires_grad)
+    rows = old.float()
+    mean = rows.mean(0)  # [C]
+    centered = rows - mean
+    covariance = centered.T @ centered / len(old)  # [C, C]
+    factor, failure = torch.linalg.cholesky_ex(1e-9 * covariance)
+    new_rows = mean.expand(count, -1)
+    if not failure:
+        new_rows = new_rows + torch.randn_like(new_rows) @ factor.T
+    return nn.Parameter(torch.cat((old, new_rows.to(old.dtype))), weight.requires_grad)
+
+
 # ------------------------------------------------------------------------------------- the way back
 def save_model(model: Qwen2VL, folder: str | Path) -> None:
     """Write config.json (flat), generation_config.json if the model has one, and model.safetensors.

@@ -25,7 +25,7 @@ import tokenizers
 from chat_template import ChatTemplate, find_chat_template, is_built_in_template
 from conversations import content_items, content_kind
 from json_files import read_optional_json
-from tokenizer_files import END_OF_TEXT, load_backend, read_special_tokens
+from tokenizer_files import END_OF_TEXT, AddedToken, load_backend, read_special_tokens
 
 logger = logging.getLogger("qwen2vl")
 
@@ -138,7 +138,7 @@ class Tokenizer:
     """The Qwen2 tokenizer with the chat format of Qwen2-VL. Threads may share one.
 
     backend: the `tokenizers.Tokenizer` underneath; no method changes it
-    pad_token_id, eos_token_id: ids of the tokens given by name
+    pad_token, eos_token: names, and pad_token_id, eos_token_id: their ids
     special_ids: ids of all tokens that `decode` skips
     chat_template: the checkpoint's own template, None for the published one
     """
@@ -154,6 +154,8 @@ class Tokenizer:
         self.chat_template = chat_template
         for name in REQUIRED_TOKENS:
             self.token_id(name)  # fail here rather than in the middle of a conversation
+        self.pad_token = pad_token
+        self.eos_token = eos_token
         self.pad_token_id = self.token_id(pad_token)
         self.eos_token_id = self.token_id(eos_token)
         added = backend.get_added_tokens_decoder()
@@ -203,6 +205,63 @@ class Tokenizer:
         if id is None:
             raise ValueError(f"the tokenizer has no token {name}, which Qwen2-VL needs")
         return id
+
+    def __len__(self) -> int:
+        """Return how many rows of the embeddings the tokens need: the largest id plus one."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def add_tokens(self, tokens: list[str], special: bool = False) -> "Tokenizer":
+        """Return a tokenizer with further tokens, whose ids follow the largest one in their order.
+
+        Each is one id wherever its text occurs; one that the vocabulary holds keeps its id.
+        special: `decode` leaves them out by default. Where `len` of the result exceeds the model's
+        vocab_size, `load_weights.resize_token_embeddings` adds the rows.
+        Raises ValueError for anything but non-empty strings.
+        Source: transformers 5.23.0, `add_tokens`, which gives the same ids without gaps in them.
+        """
+        for token in tokens:
+            if not isinstance(token, str) or not token:
+                raise ValueError(f"tokens: expected non-empty strings, got {token!r:.80}")
+        description = json.loads(self.backend.to_str())
+        vocab = description["model"]["vocab"]
+        known = {entry["content"]: entry["id"] for entry in description["added_tokens"]}
+        vocab |= known  # fixes the ids, see `load_backend`
+        next_id = len(self)
+        for token in dict.fromkeys(tokens):
+            if token in known:
+                continue
+            if token not in vocab:
+                vocab[token] = next_id
+                next_id += 1
+            entry = AddedToken(vocab[token], token, normalized=not special, special=special)
+            description["added_tokens"].append(entry._asdict())
+        description["added_tokens"].sort(key=operator.itemgetter("id"))
+        text = json.dumps(description, ensure_ascii=False)
+        backend = tokenizers.Tokenizer.from_str(text)
+        return Tokenizer(backend, self.pad_token, self.eos_token, self.chat_template)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokens of a fine-tune into the tokenizer files of a checkpoint directory.
+
+        tokenizer.json is written whole, and of tokenizer_config.json the added tokens and the names
+        of eos and pad; its other fields, and a chat template, stay as the directory has them.
+        Raises OSError naming a file that cannot be written, ValueError for a damaged one.
+        """
+        folder = Path(folder)
+        description = json.loads(self.backend.to_str())
+        entries = {}
+        for entry in description["added_tokens"]:
+            fields = dict(entry)
+            entries[str(fields.pop("id"))] = fields
+        config = read_optional_json(folder / "tokenizer_config.json")
+        config.setdefault("tokenizer_class", "Qwen2Tokenizer")
+        config["added_tokens_decoder"] = entries
+        config["eos_token"] = self.eos_token
+        config["pad_token"] = self.pad_token
+        config_text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(config_text, encoding="utf-8")
+        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Special tokens in it, such as `<|im_end|>`, become their ids.

@@ -419,6 +419,17 @@ def test_find_adapters_ends_where_adapters_name_each_other(train):
         find_adapters(trained.adapter)
 
 
+@pytest.mark.parametrize("name", [".", "{base}"])
+def test_load_model_reads_an_adapter_saved_into_the_directory_of_its_base(name, train):
+    trained = train()
+    expected = trained.ours().state_dict()
+    trained.change_config(base_model_name_or_path=name.format(base=trained.base))
+    for path in trained.adapter.glob("adapter_*"):
+        shutil.copy(path, trained.base)
+    ours = load_model(trained.base, "cpu").state_dict()
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+
+
 def test_find_base_downloads_a_hub_name(train, monkeypatch):
     trained = train()
     trained.change_config(base_model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")

@@ -16,9 +16,11 @@ from helpers import (
     random_weights,
     reference_model,
     reference_name,
+    small_config,
 )
 from safetensors.torch import load_file, save_file
 
+import linear
 import load_weights
 from load_weights import (
     choose_attention,
@@ -27,6 +29,7 @@ from load_weights import (
     load_config,
     load_model,
     parameter_name,
+    resize_token_embeddings,
     save_model,
 )
 from qwen2vl import Config, Qwen2VL, VisionConfig
@@ -559,3 +562,77 @@ def test_empty_model_names_an_error_without_a_message(monkeypatch):
     monkeypatch.setattr(load_weights, "Qwen2VL", fail)
     with pytest.raises(ValueError, match=r"cannot be built: MemoryError$"):
         load_weights.empty_model(None)
+
+
+# --------------------------------------------------------------------------------------- new tokens
+@pytest.mark.parametrize(
+    ("size", "tied"), [(200, False), (203, True), (150, True), (150, False), (4200, False)]
+)
+def test_resize_token_embeddings_equals_the_reference(size, tied):
+    """Old rows to the bit; new ones by their mean and spread, as they are drawn at random."""
+    config = small_config(heads=2, kv_heads=1, vocab=200, tied=tied)
+    weights = random_weights(config)
+    ours = our_model(config, weights)
+    theirs = reference_model(config, weights)
+    resize_token_embeddings(ours, size)
+    theirs.resize_token_embeddings(size)
+    assert ours.config.vocab_size == size
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    kept = min(size, 200)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        table = ours.get_parameter(name)
+        expected = theirs.get_parameter(reference_name(name))
+        old = weights.get(name, weights["model.embed_tokens.weight"])
+        assert table.shape == expected.shape
+        assert table.requires_grad
+        assert torch.equal(table[:kept], old[:kept])
+        assert torch.equal(expected[:kept], old[:kept])
+        for new_rows in (table[kept:], expected[kept:]):
+            assert (new_rows - old.mean(0)).abs().le(6e-9**0.5 * 6 * old.std()).all()
+            if len(new_rows) == 4000:
+                ratio = torch.cov(new_rows.double().T) / torch.cov(old.double().T)
+                assert (ratio.diagonal() - 1e-9).abs().max() < 0.15e-9
+
+
+def test_resize_token_embeddings_repeats_the_mean_of_few_rows():
+    """With fewer tokens than their width, the covariance is singular, as in the reference."""
+    config = small_config(heads=4, vocab=61)
+    ours = our_model(config, random_weights(config))
+    old = ours.lm_head.weight
+    resize_token_embeddings(ours, 64)
+    expected = reference_model(config, random_weights(config))
+    expected.resize_token_embeddings(64)
+    for table in (ours.lm_head.weight, expected.lm_head.weight):
+        assert torch.equal(table[61:], old.mean(0).expand(3, -1))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_resize_token_embeddings_gives_a_checkpoint_that_loads(tied, tmp_path):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    config = small_config(tied=tied)
+    model = our_model(config, random_weights(config))
+    resize_token_embeddings(model, 67)
+    assert logits(model, config | {"vocab_size": 67}).shape[-1] == 67
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, "cpu")
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.vocab_size == theirs.config.get_text_config().vocab_size == 67
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        assert torch.equal(parameter, theirs.get_parameter(reference_name(name))), name
+
+
+def test_resize_token_embeddings_refuses_sizes_below_the_special_tokens():
+    model = our_model(small_config(), random_weights(small_config()))
+    with pytest.raises(ValueError, match=r"new_size: expected more than .* 4, got 4"):
+        resize_token_embeddings(model, 4)
+    assert model.config.vocab_size == 61
+
+
+def test_resize_token_embeddings_refuses_a_quantized_model():
+    config = small_config(heads=8, kv_heads=4)
+    model = our_model(config, random_weights(config))
+    linear.quantize_linears(model, "int8")
+    with pytest.raises(ValueError, match="a quantized model cannot be resized"):
+        resize_token_embeddings(model, 67)

@@ -1294,3 +1294,68 @@ def test_processor_refuses_a_template_without_vision_tokens(qwen):
     processor = Processor(tokenizer, ImageConfig())
     with pytest.raises(ValueError, match=r"got 0: the chat template in folder/.* ignores images"):
         processor([image_message("Hi")])
+
+
+# ------------------------------------------------------------------------------------- added tokens
+NEW_TOKENS = ["<act_1>", "<act_2>", " <x> ", "hello there", "<act_1>", "hello", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_add_tokens_equals_the_reference(special, tmp_path):
+    folder = build_small_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    reference = Qwen2Tokenizer.from_pretrained(folder)
+    im_end = tokenizer.token_id("<|im_end|>")
+    ours = tokenizer.add_tokens(NEW_TOKENS, special)
+    reference.add_tokens(NEW_TOKENS, special_tokens=special)
+    assert len(ours) == len(reference) > len(tokenizer)
+    text = "a<act_2>b <act_1><|im_end|> hello there, othello <x> .HELLO<ACT_1>é"
+    ids = ours.encode(text)
+    assert ids == reference.encode(text)
+    assert ids != tokenizer.encode(text)
+    for skip in (False, True):
+        assert ours.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+    message = [{"role": "user", "content": "<act_1><|im_end|>"}]
+    assert ours.token_id("<act_1>") in ours.encode_chat(message)
+    assert ours.encode_chat(message).count(im_end) == 2
+
+
+def test_add_tokens_continues_after_the_largest_id(tmp_path):
+    """The library numbers tokens by their count, which a gap in the ids makes too small."""
+    folder = build_small_tokenizer(tmp_path)
+    path = folder / "tokenizer.json"
+    description = json.loads(path.read_text())
+    vocab = description["model"]["vocab"]
+    vocab["unused"] = 999
+    path.write_text(json.dumps(description))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 1000
+    ours = tokenizer.add_tokens(["<a>", "<b>"])
+    assert ours.encode("<b><a>") == [1001, 1000]
+    for name in SPECIAL_TOKENS:
+        assert ours.token_id(name) == tokenizer.token_id(name)
+
+
+def test_save_writes_tokens_that_both_implementations_read(tmp_path):
+    folder = build_small_tokenizer(tmp_path)
+    before = read_json(folder, "tokenizer_config.json")
+    ours = Tokenizer.from_pretrained(folder).add_tokens(["<act_1>"]).add_tokens(["<s>"], True)
+    ours.save(folder)
+    again = Tokenizer.from_pretrained(folder)
+    reference = Qwen2Tokenizer.from_pretrained(folder)
+    text = "a<act_1>b <s><|im_end|>"
+    assert again.encode(text) == reference.encode(text) == ours.encode(text)
+    assert again.special_ids == ours.special_ids
+    assert (again.eos_token_id, again.pad_token_id) == (ours.eos_token_id, ours.pad_token_id)
+    assert reference.decode(ours.encode(text), skip_special_tokens=True) == "a<act_1>b "
+    after = read_json(folder, "tokenizer_config.json")
+    assert {name for name, value in before.items() if after[name] != value} == {
+        "added_tokens_decoder"
+    }
+
+
+@pytest.mark.parametrize("tokens", [[""], [None], ["<a>", 3]])
+def test_add_tokens_refuses_what_is_no_text(tokens, tmp_path):
+    tokenizer = Tokenizer.from_pretrained(build_small_tokenizer(tmp_path))
+    with pytest.raises(ValueError, match="tokens: expected non-empty strings, got"):
+        tokenizer.add_tokens(tokens)
