@@ -105,19 +105,27 @@ def find_base(folder: Path, weights: bool = True) -> Path:
     """
     where = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
     remedy = f"name the base model with --model and the adapter with --adapter {folder}"
-    name = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+    raw_config = read_json(folder, ADAPTER_CONFIG)
+    name = raw_config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name.strip():
         raise ValueError(
             f"{where}: expected a directory or a hub name, got {reprlib.repr(name)}: {remedy}"
         )
     for candidate in (Path(name), folder / name):
-        if candidate.is_dir():
+        if (candidate / "config.json").is_file() or (candidate / ADAPTER_CONFIG).is_file():
             return candidate
     quantized = QUANTIZED_NAME.search(name)
     if quantized:
         raise ValueError(
             f"{where}: {name} is quantized, and adapters are merged into full-precision weights: "
             f"{remedy}; the base model could be {name[: quantized.start()]}"
+        )
+    revision = raw_config.get("revision")
+    if revision not in (None, "", "main"):
+        warnings.warn(
+            f"{folder / ADAPTER_CONFIG}: revision is {reprlib.repr(revision)}, but the main branch "
+            f"of {name} is used: download that revision and name its directory with --model",
+            stacklevel=3,
         )
     try:
         return find_checkpoint(name, weights)
@@ -293,6 +301,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{path}: peft_type: expected 'LORA', got {reprlib.repr(kind)}: other adapters cannot "
             "be loaded; merge it with PEFT's merge_and_unload and use the merged model"
         )
+    check_family(raw_config, path)
     for name in UNSUPPORTED:
         if raw_config.get(name):
             raise ValueError(
@@ -312,6 +321,23 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         return AdapterConfig(**values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_family(raw_config: dict, path: Path) -> None:
+    """Raise ValueError if the adapter was trained on a model of another family.
+
+    Its tensors may fit all the same: the decoders of Qwen2-VL-7B and Qwen2.5-VL-7B have equal
+    shapes.
+    """
+    mapping = raw_config.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if not isinstance(library, str) or not library.startswith("transformers.models."):
+        return
+    if not library.startswith("transformers.models.qwen2_vl."):
+        raise ValueError(
+            f"{path}: auto_mapping's parent_library: expected an adapter for Qwen2-VL, got "
+            f"{library!r}"
+        )
 
 
 # ------------------------------------------------------------------------------------------ merging
@@ -608,6 +634,9 @@ def add_lora(
     problems = shape_problems(adapter, module, kind, stored[name].shape())
     if problems:
         return problems
+    broken = [tensor.key for tensor in parts.values() if not tensor.load().isfinite().all()]
+    if broken:
+        return [f"{broken[0]} holds NaN or infinite values"]
     scale = config.scale(module)
     magnitude = parts["lora_magnitude_vector"].load() if config.use_dora else None
     update = LoraUpdate(

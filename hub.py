@@ -52,7 +52,7 @@ def check_complete(name: str, directory: Path) -> None:
     if (directory / "model.safetensors").is_file():
         return
     if (directory / "adapter_config.json").is_file():
-        return  # refused by name when it is loaded
+        return  # its weights have another name
     if not (directory / index).is_file():
         raise FileNotFoundError(
             f"{directory}, the download of {name}, lacks model.safetensors: run again with network "

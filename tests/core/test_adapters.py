@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 import generate as command
 import hub
-from adapters import AdapterConfig, find_adapters, find_base, is_adapter
+import load_weights
+from adapters import AdapterConfig, find_adapters, find_base, is_adapter, merge_updates
 from apps import estimate
 from checkpoint_files import parameter_name
 from command_line import BUNDLED_CHECKPOINT
@@ -283,12 +284,50 @@ def test_load_model_merges_adapters_in_order(train, tmp_path):
         assert gap(ours.get_parameter(parameter_name(name)), parameter) <= 1e-6, name
 
 
-def test_load_model_leaves_other_tensors_in_the_mapped_file(train):
+def test_load_model_replaces_what_an_earlier_adapter_changed(train, tmp_path):
+    import peft
+
+    first = train(target_modules=["lm_head", "q_proj"])
+    options = {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]}
+    second = peft.get_peft_model(first.model.merge_and_unload(), peft.LoraConfig(**options))
+    randomize(second)
+    second.eval().save_pretrained(tmp_path / "second")
+    ours = load_model(first.base, "cpu", adapters=[first.adapter, tmp_path / "second"])
+    with torch.no_grad():
+        logits = ours(**first.batch())
+    expected = reference_logits(second.base_model.model, first.config, first.batch())
+    assert gap(logits, expected) <= 3e-5
+
+
+def test_load_model_unties_after_an_adapter_that_changed_both_matrices(train, tmp_path):
+    import peft
+
+    first = train(tied=True, trainable_token_indices=[5, 7])
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False}
+    second = peft.get_peft_model(first.model.merge_and_unload(), peft.LoraConfig(**options))
+    second.eval().save_pretrained(tmp_path / "second", save_embedding_layers=False)
+    ours = load_model(first.base, "cpu", adapters=[first.adapter, tmp_path / "second"])
+    assert not ours.config.tie_word_embeddings
+    with torch.no_grad():
+        logits = ours(**first.batch())
+    expected = reference_logits(second.base_model.model, first.config, first.batch())
+    assert gap(logits, expected) <= 3e-5
+
+
+def test_load_model_copies_only_the_tensors_that_adapters_change(train, monkeypatch):
     trained = train(target_modules=["q_proj"])
-    plain = dict(load_model(trained.base, "cpu").named_parameters())
-    for name, parameter in trained.ours().named_parameters():
-        assert torch.equal(parameter, plain[name]) == ("q_proj.weight" not in name), name
-    assert torch.equal(load_model(trained.base, "cpu").lm_head.weight, plain[HEAD])
+    plain = load_model(trained.base, "cpu").state_dict()
+    merged = []
+
+    def count(weight, updates, dtype):
+        merged.append(weight)
+        return merge_updates(weight, updates, dtype)
+
+    monkeypatch.setattr(load_weights, "merge_updates", count)
+    ours = trained.ours().state_dict()
+    assert len(merged) == trained.config["num_hidden_layers"]
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, plain[name]) == ("q_proj.weight" not in name), name
 
 
 # ------------------------------------------------------------------------------- names of tensors
@@ -435,6 +474,9 @@ def test_find_base_downloads_a_hub_name(train, monkeypatch):
     trained.change_config(base_model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")
     monkeypatch.setattr(hub, "snapshot", lambda name, weights: trained.base / name)
     assert find_base(trained.adapter) == trained.base / "Qwen/Qwen2-VL-2B-Instruct"
+    trained.change_config(revision="abc123")
+    with pytest.warns(UserWarning, match="revision is 'abc123', but the main branch"):
+        find_base(trained.adapter)
 
 
 def test_is_adapter_ignores_a_configuration_left_over_from_a_merge(train):
@@ -482,6 +524,10 @@ CONFIGS = [
     ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: expected null"),
     ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: .* got 'pissa_niter_4'"),
     ({"init_lora_weights": "olora"}, "init_lora_weights: .* got 'olora'"),
+    (
+        {"auto_mapping": {"parent_library": "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"}},
+        "parent_library: expected an adapter for Qwen2-VL, got 'transformers.models.qwen2_5_vl",
+    ),
     ({"r": 3}, r"lora_A.weight is \[4, 64\], expected \[3, 64\] for its r, 3"),
     ({"rank_pattern": {"q_proj": 8}}, r"expected \[8, 64\] for its r, 8"),
     ({"use_dora": True}, "q_proj lacks lora_magnitude_vector, .* use_dora .* is true"),
@@ -507,6 +553,10 @@ def adding(**parts):
 
 
 TENSORS = [
+    (
+        lambda tensors: tensors | {f"{KEY}.lora_B.weight": torch.full((64, 4), float("nan"))},
+        "q_proj.lora_B.weight holds NaN or infinite values",
+    ),
     (without("lora_A.weight"), "q_proj lacks lora_A"),
     (without("lora_B.weight"), "q_proj lacks lora_B"),
     (without("weight"), "expected tensors of an adapter, got none"),
