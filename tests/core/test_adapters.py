@@ -6,6 +6,7 @@ of PEFT and transformers write them. The right weights are those of PEFT's `merg
 right logits those of the unmerged PEFT model.
 """
 
+import functools
 import json
 import logging
 import re
@@ -93,30 +94,47 @@ class Trained(SimpleNamespace):
         save_file(change(load_file(path)), path)
 
 
+def make_trained(folder, tied=False, dtype="float32", shape=None, **options):
+    """Write a base model and an adapter for it; return them with the PEFT model."""
+    import peft
+
+    config = small_config(tied=tied, **(shape or {}))
+    weights = random_weights(config)
+    base = write_base(folder / "base", config, weights, dtype)
+    base_model = reference_model(config, weights, getattr(torch, dtype))
+    torch.manual_seed(3)
+    values = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base_model, peft.LoraConfig(**(values | options)))
+        randomize(model)
+        model.eval().save_pretrained(folder / "adapter")
+    trained = Trained(config=config, base=base, adapter=folder / "adapter")
+    trained.model = model
+    trained.base_model = base_model
+    trained.change_config(base_model_name_or_path=str(base))
+    return trained
+
+
 @pytest.fixture
 def train(tmp_path):
     """Return a function that makes a base model and an adapter for it."""
-    import peft
+    return functools.partial(make_trained, tmp_path)
 
-    def train(tied=False, dtype="float32", shape=None, **options):
-        config = small_config(tied=tied, **(shape or {}))
-        weights = random_weights(config)
-        base = write_base(tmp_path / "base", config, weights, dtype)
-        base_model = reference_model(config, weights, getattr(torch, dtype))
-        torch.manual_seed(3)
-        values = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": False}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = peft.get_peft_model(base_model, peft.LoraConfig(**(values | options)))
-            randomize(model)
-            model.eval().save_pretrained(tmp_path / "adapter")
-        trained = Trained(config=config, base=base, adapter=tmp_path / "adapter")
-        trained.model = model
-        trained.base_model = base_model
-        trained.change_config(base_model_name_or_path=str(base))
-        return trained
 
-    return train
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory):
+    return make_trained(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture
+def files(trained_once, tmp_path):
+    """Return a copy of the files of one base model and its adapter, without the PEFT model."""
+    base = shutil.copytree(trained_once.base, tmp_path / "base")
+    adapter = shutil.copytree(trained_once.adapter, tmp_path / "adapter")
+    trained = Trained(config=trained_once.config, base=base, adapter=adapter)
+    trained.change_config(base_model_name_or_path=str(base))
+    return trained
 
 
 def assert_equal_to_peft(trained, quiet=True):
@@ -429,64 +447,58 @@ def test_load_model_merges_lora_into_a_resized_tied_table(train):
 
 
 # ------------------------------------------------------------------------------------ base models
-def test_load_model_finds_the_base_model_of_an_adapter(train, caplog, monkeypatch):
-    trained = train()
-    expected = trained.ours().state_dict()
+def test_load_model_finds_the_base_model_of_an_adapter(files, caplog, monkeypatch):
+    expected = files.ours().state_dict()
     monkeypatch.setattr(logging.getLogger("qwen2vl"), "propagate", True)
-    for name in (str(trained.base), "../base"):
-        trained.change_config(base_model_name_or_path=name)
+    for name in (str(files.base), "../base"):
+        files.change_config(base_model_name_or_path=name)
         caplog.clear()
         with caplog.at_level(logging.INFO, "qwen2vl"):
-            ours = load_model(trained.adapter, "cpu").state_dict()
-        assert f"the base model of the adapter in {trained.adapter} is" in caplog.text
+            ours = load_model(files.adapter, "cpu").state_dict()
+        assert f"the base model of the adapter in {files.adapter} is" in caplog.text
         assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
 
 
-def test_find_adapters_follows_adapters_of_adapters(train, tmp_path):
-    trained = train()
-    second = shutil.copytree(trained.adapter, tmp_path / "second")
-    config = {"base_model_name_or_path": str(trained.adapter)}
+def test_find_adapters_follows_adapters_of_adapters(files, tmp_path):
+    second = shutil.copytree(files.adapter, tmp_path / "second")
+    config = {"base_model_name_or_path": str(files.adapter)}
     (second / "adapter_config.json").write_text(json.dumps(config))
-    found = find_adapters(second, [trained.adapter.parent / "adapter"])
-    assert found == (trained.base, [trained.adapter, second, trained.adapter])
+    found = find_adapters(second, [files.adapter.parent / "adapter"])
+    assert found == (files.base, [files.adapter, second, files.adapter])
 
 
-def test_find_adapters_ends_where_adapters_name_each_other(train):
-    trained = train()
-    trained.change_config(base_model_name_or_path=str(trained.adapter))
+def test_find_adapters_ends_where_adapters_name_each_other(files):
+    files.change_config(base_model_name_or_path=str(files.adapter))
     with pytest.raises(ValueError, match="leads back to the adapter itself"):
-        find_adapters(trained.adapter)
+        find_adapters(files.adapter)
 
 
 @pytest.mark.parametrize("name", [".", "{base}"])
-def test_load_model_reads_an_adapter_saved_into_the_directory_of_its_base(name, train):
-    trained = train()
-    expected = trained.ours().state_dict()
-    trained.change_config(base_model_name_or_path=name.format(base=trained.base))
-    for path in trained.adapter.glob("adapter_*"):
-        shutil.copy(path, trained.base)
-    ours = load_model(trained.base, "cpu").state_dict()
+def test_load_model_reads_an_adapter_saved_into_the_directory_of_its_base(name, files):
+    expected = files.ours().state_dict()
+    files.change_config(base_model_name_or_path=name.format(base=files.base))
+    for path in files.adapter.glob("adapter_*"):
+        shutil.copy(path, files.base)
+    ours = load_model(files.base, "cpu").state_dict()
     assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
 
 
-def test_find_base_downloads_a_hub_name(train, monkeypatch):
-    trained = train()
-    trained.change_config(base_model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")
-    monkeypatch.setattr(hub, "snapshot", lambda name, weights: trained.base / name)
-    assert find_base(trained.adapter) == trained.base / "Qwen/Qwen2-VL-2B-Instruct"
-    trained.change_config(revision="abc123")
+def test_find_base_downloads_a_hub_name(files, monkeypatch):
+    files.change_config(base_model_name_or_path="Qwen/Qwen2-VL-2B-Instruct")
+    monkeypatch.setattr(hub, "snapshot", lambda name, weights: files.base / name)
+    assert find_base(files.adapter) == files.base / "Qwen/Qwen2-VL-2B-Instruct"
+    files.change_config(revision="abc123")
     with pytest.warns(UserWarning, match="revision is 'abc123', but the main branch"):
-        find_base(trained.adapter)
+        find_base(files.adapter)
 
 
-def test_is_adapter_ignores_a_configuration_left_over_from_a_merge(train):
-    trained = train()
-    assert is_adapter(trained.adapter)
-    assert not is_adapter(trained.base)
-    shutil.copy(trained.adapter / "adapter_config.json", trained.base)
-    assert not is_adapter(trained.base)
-    shutil.copy(trained.adapter / "adapter_model.safetensors", trained.base)
-    assert is_adapter(trained.base)
+def test_is_adapter_ignores_a_configuration_left_over_from_a_merge(files):
+    assert is_adapter(files.adapter)
+    assert not is_adapter(files.base)
+    shutil.copy(files.adapter / "adapter_config.json", files.base)
+    assert not is_adapter(files.base)
+    shutil.copy(files.adapter / "adapter_model.safetensors", files.base)
+    assert is_adapter(files.base)
 
 
 # ------------------------------------------------------------------------------- what does not fit
@@ -535,10 +547,9 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("values", "sentence"), CONFIGS)
-def test_load_model_refuses_a_configuration_in_one_sentence(values, sentence, train):
-    trained = train()
-    trained.change_config(**values)
-    assert re.search(sentence, refusal(trained))
+def test_load_model_refuses_a_configuration_in_one_sentence(values, sentence, files):
+    files.change_config(**values)
+    assert re.search(sentence, refusal(files))
 
 
 KEY = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
@@ -594,10 +605,9 @@ TENSORS = [
 
 
 @pytest.mark.parametrize(("change", "sentence"), TENSORS)
-def test_load_model_refuses_tensors_in_one_sentence(change, sentence, train):
-    trained = train()
-    trained.change_tensors(change)
-    assert re.search(sentence, refusal(trained))
+def test_load_model_refuses_tensors_in_one_sentence(change, sentence, files):
+    files.change_tensors(change)
+    assert re.search(sentence, refusal(files))
 
 
 def test_load_model_refuses_an_adapter_for_another_size(train, tmp_path):
@@ -624,34 +634,30 @@ def test_load_model_refuses_token_ids_outside_the_vocabulary(token_ids, train):
     assert "token ids from 0 to 60" in sentence or "is [2, 64], expected [0, 64]" in sentence
 
 
-def test_load_model_refuses_pickled_adapters(train):
-    trained = train()
-    path = trained.adapter / "adapter_model.safetensors"
+def test_load_model_refuses_pickled_adapters(files):
+    path = files.adapter / "adapter_model.safetensors"
     path.rename(path.with_suffix(".bin"))
-    sentence = refusal(trained)
+    sentence = refusal(files)
     assert "lacks adapter_model.safetensors and holds adapter_model.bin" in sentence
 
 
-def test_load_model_refuses_a_damaged_file(train):
-    trained = train()
-    path = trained.adapter / "adapter_model.safetensors"
+def test_load_model_refuses_a_damaged_file(files):
+    path = files.adapter / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    assert "is not a whole safetensors file" in refusal(trained)
+    assert "is not a whole safetensors file" in refusal(files)
 
 
-def test_load_model_refuses_a_directory_that_is_no_adapter(train):
-    trained = train()
+def test_load_model_refuses_a_directory_that_is_no_adapter(files):
     with pytest.raises(FileNotFoundError, match=r"got no adapter_config.json"):
-        load_model(trained.base, "cpu", adapters=[trained.base])
+        load_model(files.base, "cpu", adapters=[files.base])
 
 
-def test_load_model_refuses_a_quantized_base(train):
-    trained = train()
-    config = json.loads((trained.base / "config.json").read_text())
+def test_load_model_refuses_a_quantized_base(files):
+    config = json.loads((files.base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-    (trained.base / "config.json").write_text(json.dumps(config))
-    for options in ({"adapters": [trained.adapter]}, {"adapters": [], "name": trained.adapter}):
-        name = options.pop("name", trained.base)
+    (files.base / "config.json").write_text(json.dumps(config))
+    for options in ({"adapters": [files.adapter]}, {"adapters": [], "name": files.adapter}):
+        name = options.pop("name", files.base)
         with pytest.raises(ValueError, match=r"full-precision .* quantized with AWQ \(4 bits\)"):
             load_model(name, "cpu", **options)
 
@@ -677,13 +683,12 @@ def test_load_model_refuses_a_quantized_base(train):
         ),
     ],
 )
-def test_find_base_refuses_what_cannot_be_the_base(name, sentence, train):
-    trained = train()
-    trained.change_config(base_model_name_or_path=name)
+def test_find_base_refuses_what_cannot_be_the_base(name, sentence, files):
+    files.change_config(base_model_name_or_path=name)
     with pytest.raises((ValueError, FileNotFoundError), match=sentence) as raised:
-        load_model(trained.adapter, "cpu")
-    assert f"--adapter {trained.adapter}" in str(raised.value)
-    assert trained.ours()  # --model names another base
+        load_model(files.adapter, "cpu")
+    assert f"--adapter {files.adapter}" in str(raised.value)
+    assert files.ours()  # --model names another base
 
 
 def test_load_model_warns_of_layers_that_the_configuration_does_not_choose(train):
