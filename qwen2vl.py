@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import rope_types
 from config_fields import Positive, Size, check_fields, is_integer
@@ -435,6 +436,19 @@ def vision_attention_context(grid_thw: list[list[int]], device: torch.device) ->
     )
 
 
+# ---------------------------------------------------------------------------------- residual blocks
+def run_block(block: nn.Module, checkpointing: bool, x: Tensor, *arguments: Any) -> Tensor:
+    """Return block(x, *arguments).
+
+    checkpointing: keep nothing but x for the backward pass, which computes the rest once more: a
+    third more work, for memory that no longer grows with what is inside a block. Without gradients
+    it changes nothing. Source: arXiv 1604.06174.
+    """
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, x, *arguments, use_reentrant=False)
+    return block(x, *arguments)
+
+
 # ----------------------------------------------------------------------------------- vision encoder
 class PatchEmbed(nn.Module):
     """One patch → one vector."""
@@ -528,6 +542,7 @@ class VisionTransformer(nn.Module):
         for _ in range(config.depth):
             self.blocks.append(VisionBlock(config, attn_implementation))
         self.merger = PatchMerger(config)
+        self.gradient_checkpointing = False
 
     def forward(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """Return the vision tokens [T, C].
@@ -547,7 +562,7 @@ class VisionTransformer(nn.Module):
         # Frames do not attend to each other here; time is the decoder's business.
         context = vision_attention_context(grids, x.device)
         for block in self.blocks:
-            x = block(x, cos, sin, context)
+            x = run_block(block, self.gradient_checkpointing, x, cos, sin, context)
         return self.merger(x)  # no norm in between, unlike most vision transformers
 
 
@@ -922,6 +937,7 @@ class Decoder(nn.Module):
         # {None} in the published models
         self.windows = {config.window(layer) for layer in range(config.num_hidden_layers)}
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -947,8 +963,10 @@ class Decoder(nn.Module):
             contexts[window] = decoder_attention_context(
                 x, cached, attention_mask, self.attn_implementation, window, dropout
             )
+        # A layer that is computed twice would store its keys twice.
+        checkpointing = self.gradient_checkpointing and cache is None
         for layer in self.layers:
-            x = layer(x, cos, sin, contexts[layer.window], cache)
+            x = run_block(layer, checkpointing, x, cos, sin, contexts[layer.window], cache)
         if cache is not None:
             cache.length = total
         return self.norm(x)
@@ -987,6 +1005,11 @@ class Qwen2VL(nn.Module):
         """Use one matrix to embed a token and to score it, where `tie_word_embeddings` is true."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Let `run_block` compute each block twice in training, for less memory."""
+        self.visual.gradient_checkpointing = True
+        self.model.gradient_checkpointing = True
 
     def init_weights(self, module: nn.Module) -> None:
         """Draw one module's weights from N(0, initializer_range²); biases are 0.

@@ -1,0 +1,361 @@
+"""Teach a checkpoint from your own conversations: LoRA on top of its frozen weights.
+
+    python -m apps.finetune --data conversations.jsonl --out adapter
+
+A line of the data is a conversation with its answers, in any layout that `conversations.py` reads.
+The loss is the mean cross entropy of the tokens of the answers (`training_data.py`).
+
+`--out` becomes an adapter directory in the format of PEFT. It also holds the state of the training,
+from which the same command continues after a stop. A step is a function of the weights before it,
+the seed and its number, so the result is that of a run without a stop.
+
+Shapes: B conversations of a part of a step, S tokens of the longest one, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import command_line
+from apps.training_data import IGNORED, Encoder, Example, read_examples
+from errors import first_line
+from load_weights import write_file, write_json
+from lora import DECODER_TARGETS, VISION_TARGETS, adapter_tensors, add_lora
+from qwen2vl import Qwen2VL, at_least_float32
+
+logger = logging.getLogger("qwen2vl")
+
+STATE = "training_state.pt"
+WEIGHTS = "adapter_model.safetensors"
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
+# Options that change what is learned by rounding at most: these may differ when a run continues.
+# The data counts by its content.
+FREE_OPTIONS = {"data", "out", "eval", "quiet", "device", "attention", "log_every", "save_every"}
+FREE_OPTIONS |= {"gradient_checkpointing", "quantize"}
+
+
+# ----------------------------------------------------------------------------------------- training
+def answer_loss(model: Qwen2VL, batch: dict[str, Tensor]) -> Tensor:
+    """Return the sum of the cross entropies of all tokens that count.
+
+    Only their positions are scored: logits for all, [B, S, V] in float32 with their gradient, would
+    be the largest tensors of the whole step.
+    """
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    targets = batch["labels"][:, 1:]  # of the token after each
+    counts = targets != IGNORED  # [B, S - 1]
+    hidden = model.hidden_states(**inputs)[:, :-1]  # [B, S - 1, C]
+    logits = model.lm_head(hidden[counts])  # [tokens that count, V]
+    return F.cross_entropy(at_least_float32(logits), targets[counts], reduction="sum")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is trained."""
+
+    epochs: int = 1
+    batch_size: int = 1  # conversations that are computed together
+    accumulate: int = 8  # batches of a step
+    lr: float = 1e-4  # the highest learning rate
+    warmup: float = 0.03  # share of the steps before it is reached
+    seed: int = 0
+
+
+class Step(NamedTuple):
+    """What one step was."""
+
+    number: int  # from 1
+    loss: float  # the mean over its tokens, before the step
+    learning_rate: float
+    tokens: int  # prompts and images included
+
+
+class Trainer:
+    """A model with its LoRA layers, the optimizer, and how many steps have been taken."""
+
+    def __init__(self, model: Qwen2VL, encoder: Encoder, examples: list[Example], recipe: Recipe):
+        self.model = model
+        self.encoder = encoder
+        self.examples = examples
+        self.recipe = recipe
+        self.done = 0  # steps
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, weight_decay=0.0)
+        self.per_step = recipe.batch_size * recipe.accumulate
+        self.steps_per_epoch = math.ceil(len(examples) / self.per_step)
+        self.steps = recipe.epochs * self.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """Return a warmup and half a cosine, which would reach 0 one step after the last."""
+        warmup = math.ceil(self.recipe.warmup * self.steps)
+        if step < warmup:
+            return self.recipe.lr * (step + 1) / warmup
+        progress = (step - warmup) / (self.steps - warmup)
+        return self.recipe.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def step_examples(self, step: int) -> list[Example]:
+        """Return the examples of a step: each epoch takes all of them once, in a random order."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        order = random.Random(f"{self.recipe.seed} {epoch}").sample(
+            range(len(self.examples)), len(self.examples)
+        )
+        chosen = order[index * self.per_step : (index + 1) * self.per_step]
+        return [self.examples[i] for i in chosen]
+
+    def parts(self, examples: list[Example]) -> Iterator[list[Example]]:
+        """Yield examples in parts that are computed together."""
+        for i in range(0, len(examples), self.recipe.batch_size):
+            yield examples[i : i + self.recipe.batch_size]
+
+    def train_step(self) -> Step:
+        """Take a step. Its gradient is that of the mean over all of its tokens, however they are
+        divided into parts: a mean of the parts' means would weight short answers more.
+        """
+        torch.manual_seed(self.recipe.seed + self.done)  # of the dropout
+        self.model.train()
+        examples = self.step_examples(self.done)
+        answer_tokens = sum(example.answer_tokens for example in examples)
+        total = 0.0
+        for part in self.parts(examples):
+            batch = self.encoder.batch(part, self.weights[0].device)
+            loss = answer_loss(self.model, batch) / answer_tokens
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            raise ValueError(f"the loss of step {self.done + 1} is {total}: try a lower --lr")
+        nn.utils.clip_grad_norm_(self.weights, MAX_GRAD_NORM)
+        rate = self.learning_rate(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        return Step(self.done, total, rate, sum(example.tokens for example in examples))
+
+    @torch.no_grad()
+    def evaluate(self, examples: list[Example]) -> float:
+        """Return the mean loss over all tokens of the examples that count."""
+        self.model.eval()
+        total = 0.0
+        for part in self.parts(examples):
+            total += answer_loss(
+                self.model, self.encoder.batch(part, self.weights[0].device)
+            ).item()
+        return total / sum(example.answer_tokens for example in examples)
+
+
+# -------------------------------------------------------------------------------------------- files
+def save_adapter(model: Qwen2VL, folder: Path, settings: dict[str, Any]) -> None:
+    """Write the adapter as PEFT 0.21.2 does. settings: what adapter_config.json gets besides."""
+    tensors = {name: tensor.contiguous() for name, tensor in adapter_tensors(model).items()}
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    fixed = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True}
+    write_json(folder / "adapter_config.json", fixed | settings)
+
+
+def save_state(trainer: Trainer, folder: Path, options: dict[str, Any]) -> None:
+    """Write what the training needs to continue."""
+    state = {
+        "options": options,
+        "done": trainer.done,
+        "weights": [weight.detach() for weight in trainer.weights],
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+    write_file(folder / STATE, lambda path: torch.save(state, path))
+
+
+def load_state(trainer: Trainer, folder: Path, options: dict[str, Any]) -> None:
+    """Continue where `save_state` was called, if it was. Raises ValueError for other options."""
+    path = folder / STATE
+    if not path.is_file():
+        if (folder / WEIGHTS).exists():
+            raise ValueError(f"{folder} holds an adapter without {STATE}: expected another --out")
+        return
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["options"]
+    except Exception as error:  # whatever unpickling raises for a damaged file
+        raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
+    for name, value in options.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name} {before.get(name)}, this is {value}: expected the "
+                "same, or another --out"
+            )
+    with torch.no_grad():
+        for weight, stored in zip(trainer.weights, state["weights"], strict=True):
+            weight.copy_(stored)
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.done = state["done"]
+    logger.info("%s: continuing after step %d of %d", folder, trainer.done, trainer.steps)
+
+
+# ------------------------------------------------------------------------------------------ program
+def split_off(examples: list[Example], fraction: float, seed: int) -> list[Example]:
+    """Remove that share of the examples at random, and return it; one is left at least."""
+    count = min(round(fraction * len(examples)), len(examples) - 1)
+    chosen = random.Random(f"{seed} evaluation").sample(range(len(examples)), count)
+    return [examples.pop(i) for i in sorted(chosen, reverse=True)]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train an adapter. Raises OSError or ValueError with one sentence."""
+    recipe = Recipe(**{each.name: getattr(arguments, each.name) for each in fields(Recipe)})
+    folder = Path(arguments.out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out is the file {folder}, expected a directory")
+    command_line.check_directory(folder)
+    directory, processor = command_line.load_processor(arguments)
+    encoder = Encoder(processor, arguments.add_vision_id, command_line.video_options(arguments))
+    examples = read_examples(arguments.data, encoder, arguments.max_length)
+    evaluation = split_off(examples, arguments.eval_fraction, recipe.seed)
+    if arguments.eval is not None:
+        evaluation += read_examples(arguments.eval, encoder, arguments.max_length)
+
+    model = command_line.load_checkpoint(arguments, directory, processor)
+    if model.model.norm.weight.dtype == torch.float16:
+        raise ValueError("float16 would lose small gradients: expected --dtype bfloat16 or float32")
+    if arguments.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    torch.manual_seed(recipe.seed)  # of the initial weights
+    add_lora(model, arguments.targets, arguments.rank, arguments.alpha, arguments.dropout)
+    trainer = Trainer(model, encoder, examples, recipe)
+    options = {name: value for name, value in vars(arguments).items() if name not in FREE_OPTIONS}
+    options["data (its sha256)"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
+    folder.mkdir(exist_ok=True)
+    load_state(trainer, folder, options)
+    trained = sum(weight.numel() for weight in trainer.weights)
+    logger.info(
+        f"{len(examples)} conversations and {len(evaluation)} for evaluation, {trainer.steps} "
+        f"steps, {trained / 1e6:.2f} M trained parameters"
+    )
+    train(trainer, evaluation, arguments, options)
+
+
+def train(
+    trainer: Trainer,
+    evaluation: list[Example],
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+) -> None:
+    """Take all steps that remain, and save the adapter on the way and at the end."""
+    folder = Path(arguments.out)
+    save_every = arguments.save_every or trainer.steps_per_epoch
+    settings = {
+        "base_model_name_or_path": arguments.model or str(command_line.BUNDLED_CHECKPOINT),
+        "r": arguments.rank,
+        "lora_alpha": arguments.alpha,
+        "lora_dropout": arguments.dropout,
+        "target_modules": arguments.targets,
+    }
+    if evaluation and trainer.done == 0:
+        logger.info("evaluation loss %.4f before the first step", trainer.evaluate(evaluation))
+    losses = []
+    while trainer.done < trainer.steps:
+        start = time.perf_counter()
+        step = trainer.train_step()
+        seconds = time.perf_counter() - start
+        losses.append(step.loss)
+        at_end = trainer.done == trainer.steps
+        if at_end or trainer.done % arguments.log_every == 0:
+            loss = sum(losses) / len(losses)
+            losses.clear()
+            logger.info(
+                f"step {trainer.done} of {trainer.steps}: loss {loss:.4f}, "
+                f"learning rate {step.learning_rate:.1e}, {step.tokens / seconds:.0f} tokens/s"
+            )
+        if not at_end and trainer.done % save_every != 0:
+            continue
+        save_adapter(trainer.model, folder, settings)
+        save_state(trainer, folder, options)
+        if evaluation:
+            loss = trainer.evaluate(evaluation)
+            logger.info(f"evaluation loss {loss:.4f} after step {trainer.done}")
+    logger.info(f"{folder} holds the adapter of {trainer.steps} steps")
+
+
+def count(text: str) -> int:
+    """Parse an option that is an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """Parse an option that is a number above 0."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse an option that is a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 0 and below 1, got {text}")
+    return value
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options, checked. Exits with code 2 as argparse does."""
+    parser = argparse.ArgumentParser(
+        "python -m apps.finetune", description="Train a LoRA adapter of Qwen2-VL on conversations."
+    )
+    add = parser.add_argument
+    add("--data", required=True, metavar="FILE.jsonl", help="a conversation on each line")
+    add("--out", required=True, metavar="DIR", help="the adapter, and the state of the training")
+    add("--eval", metavar="FILE.jsonl", help="conversations whose loss is measured")
+    add("--eval-fraction", type=share, default=0.0, help="share of the data held out for that")
+    add("--max-length", type=count, help="leave out conversations of more tokens than this")
+    add("--targets", metavar="NAME,...", help=f"(default: {','.join(DECODER_TARGETS)})")
+    add("--vision", action="store_true", help=f"in addition {','.join(VISION_TARGETS)}")
+    add("--rank", type=count, default=16, help="of A and B (default: 16)")
+    add("--alpha", type=positive, default=32, help="numerator of the scale (default: 32)")
+    add("--dropout", type=share, default=0.0, help="on the input of A (default: 0)")
+    add("--epochs", type=count, default=1, help="how often each line is used (default: 1)")
+    add("--batch-size", type=count, default=1, help="conversations computed together (default: 1)")
+    add("--accumulate", type=count, default=8, help="batches of a step (default: 8)")
+    add("--lr", type=positive, default=1e-4, help="the highest learning rate (default: 1e-4)")
+    add("--warmup", type=share, default=0.03, help="share of steps before it (default: 0.03)")
+    add("--seed", type=int, default=0, help="of first weights, order and dropout (default: 0)")
+    add("--log-every", type=count, default=10, help="steps (default: 10)")
+    add("--save-every", type=count, help="steps; also to evaluate (default: those of an epoch)")
+    checkpointing_help = "compute each block twice, in less memory"
+    add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
+    add("--quiet", action="store_true", help="print nothing but warnings and errors")
+    command_line.add_media_options(parser)
+    command_line.add_model_options(parser)
+    arguments = parser.parse_args(argv)
+    problem = command_line.number_problem(arguments)
+    if arguments.quantize is not None:
+        problem = "--quantize cannot be used: gradients need the weights themselves"
+    if problem is not None:
+        parser.error(problem)
+    targets = arguments.targets.split(",") if arguments.targets else [*DECODER_TARGETS]
+    arguments.targets = [*targets, *VISION_TARGETS] if arguments.vision else targets
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program and return its exit code (see `command_line.run_main`)."""
+    return command_line.run_main("apps.finetune", run, parse_arguments(argv))
+
+
+if __name__ == "__main__":
+    command_line.run_program("apps.finetune", main, decodes=False)
