@@ -252,9 +252,8 @@ def train(
     arguments: argparse.Namespace,
     options: dict[str, Any],
 ) -> None:
-    """Take all steps that remain, and save the adapter on the way and at the end."""
+    """Take all steps that remain; save and evaluate after each epoch, and in between."""
     folder = Path(arguments.out)
-    save_every = arguments.save_every or trainer.steps_per_epoch
     settings = {
         "base_model_name_or_path": arguments.model or str(command_line.BUNDLED_CHECKPOINT),
         "r": arguments.rank,
@@ -278,7 +277,8 @@ def train(
                 f"step {trainer.done} of {trainer.steps}: loss {loss:.4f}, "
                 f"learning rate {step.learning_rate:.1e}, {step.tokens / seconds:.0f} tokens/s"
             )
-        if not at_end and trainer.done % save_every != 0:
+        ends_epoch = trainer.done % trainer.steps_per_epoch == 0
+        if not ends_epoch and trainer.done % arguments.save_every != 0:
             continue
         save_adapter(trainer.model, folder, settings)
         save_state(trainer, folder, options)
@@ -334,8 +334,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=positive, default=1e-4, help="the highest learning rate (default: 1e-4)")
     add("--warmup", type=share, default=0.03, help="share of steps before it (default: 0.03)")
     add("--seed", type=int, default=0, help="of first weights, order and dropout (default: 0)")
-    add("--log-every", type=count, default=10, help="steps (default: 10)")
-    add("--save-every", type=count, help="steps; also to evaluate (default: those of an epoch)")
+    add("--log-every", type=count, default=10, help="steps of each status line (default: 10)")
+    save_help = "steps after which to save and evaluate, as after each epoch (default: 100)"
+    add("--save-every", type=count, default=100, help=save_help)
     checkpointing_help = "compute each block twice, in less memory"
     add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
     add("--quiet", action="store_true", help="print nothing but warnings and errors")

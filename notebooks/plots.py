@@ -1029,3 +1029,34 @@ def paired_losses(kinds: Sequence[str], pairs: Mapping[str, Sequence[float]]) ->
     axis.set(ylabel="loss per token (nats)")
     axis.legend()
     show(figure)
+
+
+# ----------------------------------------------------------------------------------- 7: fine-tuning
+def finetuning_losses(losses: Mapping[str, Sequence[float]]) -> None:
+    """Draw the losses of the steps of trainings by name, each with its mean over ten steps."""
+    figure, axis = plt.subplots(figsize=(6.5, 2.6))
+    for color, (label, values) in zip(SERIES, losses.items(), strict=False):
+        steps = np.arange(1, len(values) + 1)
+        axis.plot(steps, values, color=color, lw=0.6, alpha=0.5)
+        axis.plot(
+            steps[9:], np.convolve(values, np.ones(10) / 10, "valid"), color=color, label=label
+        )
+    axis.set(xlabel="steps of eight conversations", ylabel="loss per token (nats)", yscale="log")
+    axis.legend()
+    show(figure)
+
+
+def skill_shares(skills: Sequence[str], shares: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw bars of shares of right answers (0 to 1) by model and skill."""
+    figure, axis = plt.subplots(figsize=(8.5, 2.8))
+    x = np.arange(len(skills))
+    width = 0.8 / len(shares)
+    colors = (LIGHT_GRAY, ORANGE, BLUE)
+    for i, (label, share) in enumerate(shares.items()):
+        values = [100 * share[skill] for skill in skills]
+        bars = axis.bar(x + width * i, values, 0.95 * width, color=colors[i], label=label)
+        axis.bar_label(bars, fmt="%.0f", fontsize=7)
+    axis.set_xticks(x + width * (len(shares) - 1) / 2, skills)
+    axis.set(ylabel="right of questions without an X, %", ylim=(0, 108))
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    show(figure)
