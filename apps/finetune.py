@@ -78,7 +78,6 @@ class Recipe:
 class Step(NamedTuple):
     """What one step was."""
 
-    number: int  # from 1
     loss: float  # the mean over its tokens, before the step
     learning_rate: float
     tokens: int  # prompts and images included
@@ -144,7 +143,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
-        return Step(self.done, total, rate, sum(example.tokens for example in examples))
+        return Step(total, rate, sum(example.tokens for example in examples))
 
     @torch.no_grad()
     def evaluate(self, examples: list[Example]) -> float:

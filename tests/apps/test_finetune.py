@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    SHAPES,
     gap,
     make_batch,
     our_model,
@@ -159,9 +160,9 @@ def our_gradients(model, batch):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_gradients_equal_those_of_peft(tied, checkpointing):
-    config = small_config(tied=tied)
+@pytest.mark.parametrize("shape", ["default", "tied", "one kv head", "real head widths"])
+def test_gradients_equal_those_of_peft(shape, checkpointing):
+    config = SHAPES[shape]
     model, reference = lora_models(config)
     batch = labelled_batch(config)
     if checkpointing:
