@@ -320,22 +320,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--data", required=True, metavar="FILE.jsonl", help="a conversation on each line")
     add("--out", required=True, metavar="DIR", help="the adapter, and the state of the training")
     add("--eval", metavar="FILE.jsonl", help="conversations whose loss is measured")
-    add("--eval-fraction", type=share, default=0.0, help="share of the data held out for that")
-    add("--max-length", type=count, help="leave out conversations of more tokens than this")
-    add("--targets", metavar="NAME,...", help=f"(default: {','.join(DECODER_TARGETS)})")
-    add("--vision", action="store_true", help=f"in addition {','.join(VISION_TARGETS)}")
-    add("--rank", type=count, default=16, help="of A and B (default: 16)")
-    add("--alpha", type=positive, default=32, help="numerator of the scale (default: 32)")
-    add("--dropout", type=share, default=0.0, help="on the input of A (default: 0)")
-    add("--epochs", type=count, default=1, help="how often each line is used (default: 1)")
-    add("--batch-size", type=count, default=1, help="conversations computed together (default: 1)")
-    add("--accumulate", type=count, default=8, help="batches of a step (default: 8)")
+    add("--eval-fraction", type=share, default=0.0, metavar="P", help="share of --data for that")
+    add("--max-length", type=count, metavar="N", help="leave out conversations of more tokens")
+    targets_note = f"(default: {', '.join(DECODER_TARGETS)})"
+    add("--targets", metavar="NAME,...", help=f"linear layers with LoRA {targets_note}")
+    add("--vision", action="store_true", help=f"also {', '.join(VISION_TARGETS)}")
+    add("--rank", type=count, default=16, metavar="R", help="of the update (default: 16)")
+    add("--alpha", type=positive, default=32, help="scale of the update, times R (default: 32)")
+    add("--dropout", type=share, default=0.0, metavar="P", help="on its input (default: 0)")
+    add(
+        "--epochs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="how often each line is used (default: 1)",
+    )
+    add("--batch-size", type=count, default=1, metavar="N", help="of each pass (default: 1)")
+    add("--accumulate", type=count, default=8, metavar="N", help="passes of a step (default: 8)")
     add("--lr", type=positive, default=1e-4, help="the highest learning rate (default: 1e-4)")
-    add("--warmup", type=share, default=0.03, help="share of steps before it (default: 0.03)")
-    add("--seed", type=int, default=0, help="of first weights, order and dropout (default: 0)")
-    add("--log-every", type=count, default=10, help="steps of each status line (default: 10)")
+    add("--warmup", type=share, default=0.03, metavar="P", help="share of steps (default: 0.03)")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of first weights, order and dropout (default: 0)",
+    )
+    add("--log-every", type=count, default=10, metavar="N", help="steps (default: 10)")
     save_help = "steps after which to save and evaluate, as after each epoch (default: 100)"
-    add("--save-every", type=count, default=100, help=save_help)
+    add("--save-every", type=count, default=100, metavar="N", help=save_help)
     checkpointing_help = "compute each block twice, in less memory"
     add("--gradient-checkpointing", action="store_true", help=checkpointing_help)
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
