@@ -28,6 +28,7 @@ import linear
 from adapters import find_adapters
 from checkpoint_files import check_supported, find_checkpoint
 from load_weights import load_model
+from media import DEFAULT_LIMITS, MediaLimits
 from preprocess import Batch, Processor, holds_image_settings
 from qwen2vl import Qwen2VL
 from tokenizer_files import holds_tokenizer
@@ -106,6 +107,21 @@ def add_media_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="shrink larger images and frames to at most this area",
+    )
+    parser.add_argument(
+        "--max-image-pixels",
+        type=int,
+        metavar="N",
+        default=DEFAULT_LIMITS.max_image_pixels,
+        help="refuse image files of more pixels, which cost memory before they are shrunk "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-download-mb",
+        type=int,
+        metavar="N",
+        default=DEFAULT_LIMITS.max_download_bytes // 10**6,
+        help="refuse images and videos of more megabytes from a URL (default: %(default)s)",
     )
     parser.add_argument(
         "--add-vision-id",
@@ -256,7 +272,9 @@ def number_problem(arguments: argparse.Namespace) -> str | None:
 
     `GenerationConfig` checks those of sampling.
     """
-    for name in ("max_new_tokens", "min_pixels", "max_pixels", "nframes", "batch_size"):
+    counts = ["max_new_tokens", "min_pixels", "max_pixels", "nframes", "batch_size"]
+    counts += ["max_image_pixels", "max_download_mb"]
+    for name in counts:
         value = getattr(arguments, name, None)  # not every program has all of them
         if value is not None and value < 1:
             return f"--{name.replace('_', '-')} is {value}, expected 1 or more"
@@ -277,6 +295,14 @@ def video_options(arguments: argparse.Namespace) -> dict:
     if arguments.nframes is not None:
         options["nframes"] = arguments.nframes
     return options
+
+
+def media_limits(arguments: argparse.Namespace) -> MediaLimits:
+    """Return what one image or video of the options may cost."""
+    return MediaLimits(
+        max_image_pixels=arguments.max_image_pixels,
+        max_download_bytes=arguments.max_download_mb * 10**6,
+    )
 
 
 def media_items(arguments: argparse.Namespace) -> list[dict]:
@@ -359,7 +385,7 @@ def load_processor(arguments: argparse.Namespace, weights: bool = True) -> tuple
     name = arguments.model or BUNDLED_CHECKPOINT
     directory, arguments.adapter = find_adapters(name, arguments.adapter, weights)
     check_supported(directory)  # first: what is wrong is the checkpoint, not a file that it lacks
-    bounds = (arguments.min_pixels, arguments.max_pixels)
+    bounds = (arguments.min_pixels, arguments.max_pixels, media_limits(arguments))
     if arguments.processor is not None:
         source = find_checkpoint(arguments.processor, weights=False)
         return directory, Processor.from_pretrained(source, *bounds)

@@ -5,3 +5,16 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(text: object) -> str:
+    """Return a text without line breaks, as every error and warning is one line."""
+    return " ".join(str(text).split())
+
+
+def error_reason(error: BaseException) -> str:
+    """Return what an exception of a foreign library specifies, in one line and never empty."""
+    text = one_line(getattr(error, "strerror", None) or error)
+    if isinstance(error, OSError | ValueError | SyntaxError) and text:
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")

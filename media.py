@@ -17,9 +17,8 @@ import os
 import re
 import stat
 import struct
-import tempfile
-import time
 import warnings
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, unquote_to_bytes
@@ -27,10 +26,31 @@ from urllib.parse import unquote, unquote_to_bytes
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte
-DOWNLOAD_DEADLINE = 600.0  # seconds in all
-DOWNLOAD_MAX_BYTES = 2**30
-SPOOL_BYTES = 2**26  # a larger download is kept in a temporary file instead of memory
+from download import download
+from errors import error_reason, one_line
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """What an image or video from outside may cost. Pixels are those of the file, before resizing.
+
+    A file of less than a megabyte can declare any number of them. Decoded, a pixel takes 4 bytes of
+    a JPEG or PNG image and 17 of a WebP image, and twice 4 on the way to RGB.
+    """
+
+    max_image_pixels: int = 2**27  # a photo of 108 million pixels is read
+    max_frame_pixels: int = 2**26  # of a video: 8K has half of it; decoders hold up to 17 frames
+    max_download_bytes: int = 2**30  # also of a data: URL
+    max_download_seconds: float = 600.0  # redirects and headers included
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            if not value > 0:
+                raise ValueError(f"{limit.name} is {value!r}, expected a number above 0")
+
+
+DEFAULT_LIMITS = MediaLimits()
 
 # The formats that Pillow may open, in the order in which it tries them. Each is decoded inside this
 # process: EPS, which starts Ghostscript, and WMF, which calls the operating system, are left out on
@@ -77,8 +97,11 @@ TRANSPOSITIONS: dict[float, Image.Transpose] = {
 }
 METADATA_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")  # of Image.info
 
-# Pillow warns about an image of more than MAX_IMAGE_PIXELS (89 million) and refuses one of twice as
-# many. A photo of 100 million pixels is fine; the refusal stays, as one sentence.
+MAX_JPEG_SCANS = 100  # encoders write about 10; each costs a pass over all pixels in a few bytes
+MAX_REPAIRED_BYTES = 2**28  # of a damaged file that is read again without its metadata
+STRIP_PIXELS = 2**22  # that are composited at a time
+
+# Pillow warns about an image of more than 89 million pixels. `MediaLimits` decides here.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -92,20 +115,7 @@ def source_name(source: object) -> str:
     return f"the given {type(source).__name__}"
 
 
-def one_line(text: object) -> str:
-    """Return a text without line breaks, as every error and warning is one line."""
-    return " ".join(str(text).split())
-
-
-def error_reason(error: BaseException) -> str:
-    """Return what an exception of a foreign library specifies, in one line and never empty."""
-    text = one_line(getattr(error, "strerror", None) or error)
-    if isinstance(error, OSError | ValueError | SyntaxError) and text:
-        return text
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def open_media(source: Any) -> str | BinaryIO:
+def open_media(source: Any, limits: MediaLimits = DEFAULT_LIMITS) -> str | BinaryIO:
     """Return the path of the file that a source names, or an open binary file with its content.
 
     source: a path, a `file://`, `http(s)://` or `data:` URL, the bytes themselves, or an open
@@ -123,9 +133,9 @@ def open_media(source: Any) -> str | BinaryIO:
     text = str(source)
     scheme = text[:8].lower()  # schemes are case-insensitive
     if scheme.startswith("data:"):
-        return read_data_url(text)
+        return read_data_url(text, limits.max_download_bytes)
     if scheme.startswith(("http://", "https://")):
-        return download(text)
+        return download(text, limits.max_download_seconds, limits.max_download_bytes)
     if scheme.startswith("file://"):
         return file_url_path(text)
     return text
@@ -183,19 +193,39 @@ def decode_base64(text: str | bytes) -> bytes:
         raise ValueError(f"its base64 is malformed: {error}") from error
 
 
-def read_data_url(url: str) -> BinaryIO:
+def read_data_url(url: str, max_bytes: int = DEFAULT_LIMITS.max_download_bytes) -> BinaryIO:
     """Return the content of a `data:` URL (RFC 2397, percent-encoded or base64) as an open file."""
     header, comma, content = url[len("data:") :].partition(",")
     name = one_line(url[:80])
     if not comma:
         raise ValueError(f"cannot read the URL {name}: expected a comma before its content")
     try:
-        data = unquote_to_bytes(content)
+        data = decode_percent(content)
         if header.split(";")[-1].strip().lower() == "base64":
             data = decode_base64(data)
     except ValueError as error:
         raise ValueError(f"cannot read the URL {name}: {error}") from error
+    if len(data) > max_bytes:
+        found = f"it holds {len(data):,} bytes, expected at most {max_bytes:,}"
+        raise ValueError(f"cannot read the URL {name}: {found}")
     return io.BytesIO(data)
+
+
+def decode_percent(text: str) -> bytes:
+    """Return the bytes of a percent-encoded text (RFC 3986, 2.1), decoded piece by piece.
+
+    In one piece, Python's function takes about 17 bytes of memory for each of the text.
+    """
+    decoded = bytearray()
+    start = 0
+    while start < len(text):
+        end = start + 2**16
+        cut = text.find("%", end - 2, end)  # an escape that the end would split
+        if cut >= 0:
+            end = cut + 3
+        decoded += unquote_to_bytes(text[start:end])
+        start = end
+    return bytes(decoded)
 
 
 def bare_base64(text: str) -> bytes | None:
@@ -215,71 +245,8 @@ def bare_base64(text: str) -> bytes | None:
     return data if data.startswith(begins) or data[4:8] == b"ftyp" else None
 
 
-# ----------------------------------------------------------------------------------------- download
-class Refused(ValueError):
-    """A response that is not used: its status is not 200, or it is too large."""
-
-
-def download(
-    url: str,
-    timeout: float | None = None,
-    deadline: float | None = None,
-    max_bytes: int | None = None,
-) -> BinaryIO:
-    """Download an `http(s)://` URL into an open file that can be read and seeked. Redirects are
-    followed.
-
-    timeout: seconds without a byte; deadline: seconds in all; max_bytes: of the content. The
-    defaults are the constants above. Raises ValueError for a malformed URL, a status other than 200
-    and more than max_bytes; OSError (TimeoutError) if the server cannot be reached, is silent, is
-    too slow or breaks the protocol.
-    """
-    import httpx2  # takes a while to import, and files do not need it
-
-    timeout = DOWNLOAD_TIMEOUT if timeout is None else timeout
-    deadline = DOWNLOAD_DEADLINE if deadline is None else deadline
-    max_bytes = DOWNLOAD_MAX_BYTES if max_bytes is None else max_bytes
-    name = one_line(url[:80])
-    file = tempfile.SpooledTemporaryFile(SPOOL_BYTES)
-    end = time.monotonic() + deadline
-    try:
-        with httpx2.stream("GET", url, timeout=timeout, follow_redirects=True) as response:
-            check_response(response, name, max_bytes)
-            for part in response.iter_bytes():
-                file.write(part)
-                if file.tell() > max_bytes:  # a server need not give its length, nor keep to it
-                    raise too_large(name, max_bytes)
-                if time.monotonic() > end:
-                    raise TimeoutError(f"{name} was not there after {deadline:.0f} seconds")
-    except (Refused, TimeoutError):
-        raise
-    except httpx2.TimeoutException as error:
-        raise TimeoutError(f"{name} sent nothing for {timeout:g} seconds") from error
-    except httpx2.InvalidURL as error:
-        raise ValueError(f"{name} is not a URL: {error_reason(error)}") from error
-    except Exception as error:  # of the protocol, TLS, the encoding of the name, the disk, ...
-        raise OSError(f"cannot fetch {name}: {error_reason(error)}") from error
-    file.seek(0)
-    return file  # type: ignore[return-value]  # typeshed does not call it a BinaryIO
-
-
-def check_response(response: Any, name: str, max_bytes: int) -> None:
-    """Raise Refused for a response whose status or announced length rules it out."""
-    if response.status_code != 200:
-        raise Refused(f"{name} was answered with {response.status_code} {response.reason_phrase}")
-    length = response.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_bytes:
-        raise too_large(name, max_bytes)
-
-
-def too_large(name: str, max_bytes: int) -> Refused:
-    """Return the error for a download of more than max_bytes."""
-    size = f"{max_bytes / 1e6:,.0f} MB"
-    return Refused(f"{name} holds more than {size}; download it and give the file")
-
-
 # ------------------------------------------------------------------------------------------- images
-def load_image(source: Any) -> Image.Image:
+def load_image(source: Any, limits: MediaLimits = DEFAULT_LIMITS) -> Image.Image:
     """Open an image: anything `open_media` takes, bare base64, a Pillow image, an array or a
     tensor.
 
@@ -297,7 +264,7 @@ def load_image(source: Any) -> Image.Image:
     elif hasattr(source, "__array__"):
         image = array_to_image(source)
     else:
-        image = read_image(source, name)
+        image = read_image(source, name, limits)
     warn_about_clipping(image, name)
     return image
 
@@ -311,19 +278,40 @@ def load_pillow_image(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def read_image(source: str | Path | bytes | BinaryIO, name: str) -> Image.Image:
+def read_image(
+    source: str | Path | bytes | BinaryIO, name: str, limits: MediaLimits
+) -> Image.Image:
     """Decode an image file upright. Where it fails with damaged metadata, decode it without its
     metadata.
 
     This is the boundary around Pillow's decoders, which raise nearly anything for a damaged file.
     """
-    file = open_media(source)
-    if isinstance(file, str):
-        file = existing_file(file, name)
+    media = open_media(source, limits)
+    if not isinstance(media, str):
+        return decode_open_file(media, name, limits)
+    media = existing_file(media, name)
+    if not isinstance(media, str):
+        return decode_open_file(media, name, limits)
     try:
-        return decode_image(file, name)
+        file = open(media, "rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {name} as an image: {error_reason(error)}") from error
+    with file:
+        return decode_open_file(file, name, limits)
+
+
+def decode_open_file(file: BinaryIO, name: str, limits: MediaLimits) -> Image.Image:
+    """Decode an open image file from its beginning; one that cannot be seeked is read first."""
+    try:
+        file.seek(0)
+    except (AttributeError, OSError):  # a pipe
+        file = io.BytesIO(file.read())
+    try:
+        return decode_image(file, name, limits)
+    except TooCostly as error:
+        raise ValueError(f"cannot read {name} as an image: {error}") from error
     except Exception as error:
-        image = decode_without_metadata(file, name)
+        image = decode_without_metadata(file, name, limits)
         if image is not None:
             return image
         reason = unreadable_reason(error, file)
@@ -350,17 +338,84 @@ def existing_file(path: str, name: str) -> str | BinaryIO:
     return path
 
 
-def decode_image(file: str | BinaryIO, name: str) -> Image.Image:
-    """Decode the first frame with Pillow, as a copy, so that the file has been read and may be
-    closed.
+class TooCostly(ValueError):
+    """An image that is not decoded, because that would take more than it may."""
+
+
+def decode_image(file: BinaryIO, name: str, limits: MediaLimits) -> Image.Image:
+    """Decode the first frame with Pillow, as a copy, so that the file may be closed.
+
+    Raises TooCostly, before any pixel is decoded, for more of them than the limits allow.
+    """
+    opened = read_header(file)
+    check_pixels(opened, limits)
+    if opened.format in ("JPEG", "MPO"):
+        check_scans(file)
+    opened.load()
+    image = upright(opened, name)
+    warn_about_frames(opened, name)
+    return image
+
+
+def read_header(file: BinaryIO) -> Image.Image:
+    """Return an image whose header is read, by the first of IMAGE_FORMATS that accepts it.
+
+    As `Image.open`, which would refuse more pixels than PIL.Image.MAX_IMAGE_PIXELS, one number for
+    the whole process. Raises UnidentifiedImageError where no format accepts the file.
     """
     Image.init()
-    formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-    with Image.open(file, formats=formats) as opened:
-        opened.load()
-        image = upright(opened, name)
-        warn_about_frames(opened, name)
-    return image
+    file.seek(0)
+    start = file.read(16)
+    for name in IMAGE_FORMATS:
+        if name not in Image.OPEN:
+            continue
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is not None and accept(start) is not True:  # a text: it has no decoder
+                continue
+            file.seek(0)
+            return factory(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # how Pillow's formats refuse
+            continue
+    raise UnidentifiedImageError("no format accepts it")
+
+
+def check_pixels(image: Image.Image, limits: MediaLimits) -> None:
+    """Raise TooCostly for an image that is larger than the limits allow."""
+    if image.width * image.height > limits.max_image_pixels:
+        size = f"it has {image.width:,}×{image.height:,} pixels"
+        raise TooCostly(
+            f"{size}, expected at most {limits.max_image_pixels:,} in all; shrink it, or allow "
+            "more with --max-image-pixels (MediaLimits.max_image_pixels)"
+        )
+
+
+# The next marker of a JPEG file: not a stuffed zero, a restart marker or a fill byte (ITU T.81,
+# B.1.1).
+JPEG_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd8-\xfe])")
+JPEG_START_OF_SCAN = 0xDA
+JPEG_IMAGE_ENDS = (0xD8, 0xD9)  # the markers that have no length
+
+
+def check_scans(file: BinaryIO) -> None:
+    """Raise TooCostly for a JPEG file of more than MAX_JPEG_SCANS scans.
+
+    275 kB can hold 100 scans of 67 million pixels, which take 22 s to decode; libjpeg has no limit.
+    """
+    file.seek(0)
+    data = file.read()
+    scans = 0
+    position = 2  # after the marker that starts the image
+    while match := JPEG_MARKER.search(data, position):
+        marker = match[1][0]
+        if marker == 0xD9:  # the end of the image
+            return
+        position = match.end()
+        if marker not in JPEG_IMAGE_ENDS:
+            position += int.from_bytes(data[position : position + 2], "big")
+        scans += marker == JPEG_START_OF_SCAN
+        if scans > MAX_JPEG_SCANS:
+            raise TooCostly(f"it has more than {MAX_JPEG_SCANS} scans; save it again as a JPEG")
 
 
 def upright(image: Image.Image, name: str) -> Image.Image:
@@ -389,21 +444,21 @@ def upright(image: Image.Image, name: str) -> Image.Image:
 def warn_about_frames(image: Image.Image, name: str) -> None:
     """Warn where a file holds more frames or pages than the first, which alone is used.
 
-    Not for MPO, whose further images are previews or depth maps of the same photo, and PSD, whose
-    frames are layers.
+    They are not counted: for that, all of a GIF or TIFF file would be read. Not for MPO, whose
+    further images are previews or depth maps of the same photo, and PSD, whose frames are layers.
     """
     if image.format in ("MPO", "PSD"):
         return
     try:
-        count = getattr(image, "n_frames", 1)
-    except Exception:  # the first frame is sound, and only the number of the others is unknown
+        is_animated = getattr(image, "is_animated", False)
+    except Exception:  # the first frame is sound, and only the others are not known
         return
-    if count < 2:
+    if not is_animated:
         return
     if image.format == "TIFF":
-        advice = f"the first of {count} pages; save each page as an image to use all"
+        advice = "the first of several pages; save each page as an image to use all"
     else:
-        advice = f"the first of {count} frames; pass it as a video (--video) for all"
+        advice = "the first of several frames; pass it as a video (--video) for all"
     warnings.warn(f"{name}: the image is {advice}", stacklevel=2)
 
 
@@ -415,7 +470,8 @@ def warn_about_clipping(image: Image.Image, name: str) -> None:
     if not image.mode.startswith(("I", "F")) or 0 in image.size:
         return
     values = np.asarray(image)
-    values = values[np.isfinite(values)]
+    if values.dtype.kind == "f":
+        values = values[np.isfinite(values)]
     advice = "convert it to 8 bits first, scaled as you need"
     if not values.size:
         warnings.warn(f"{name}: none of its values is finite; {advice}", stacklevel=2)
@@ -429,9 +485,9 @@ def warn_about_clipping(image: Image.Image, name: str) -> None:
         warnings.warn(f"{name}: {found}; {advice}", stacklevel=2)
 
 
-def unreadable_reason(error: Exception, file: str | BinaryIO) -> str:
+def unreadable_reason(error: Exception, file: BinaryIO) -> str:
     """Return why Pillow cannot decode a file, in words that a user can act on."""
-    if isinstance(error, Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError):  # an image in an icon, a strip of a TIFF
         return f"{error_reason(error)}; shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS"
     if isinstance(error, MemoryError):
         return "there is not enough memory for its pixels; shrink it"
@@ -446,12 +502,9 @@ def unreadable_reason(error: Exception, file: str | BinaryIO) -> str:
     return "it has no format that Pillow knows"  # whose own message shows the file object
 
 
-def file_bytes(file: str | BinaryIO, size: int = -1) -> bytes:
-    """Return the first bytes of a path or an open file, or nothing where they cannot be read."""
+def file_bytes(file: BinaryIO, size: int) -> bytes:
+    """Return the first bytes of an open file, or nothing where they cannot be read."""
     try:
-        if isinstance(file, str):
-            with open(file, "rb") as opened:
-                return opened.read(size)
         file.seek(0)
         return bytes(file.read(size))
     except Exception:  # the caller has a better error
@@ -467,9 +520,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # premultiplied gray, which Pillow converts to nothing else
         image = image.convert("LA")
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return composite_on_white(image)
     return image.convert("RGB")
+
+
+def composite_on_white(image: Image.Image) -> Image.Image:
+    """Return an image with transparency as RGB, computed in strips of full width: all at once, four
+    copies of the image would be in memory.
+    """
+    result = Image.new("RGB", image.size)
+    height = max(1, STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return result
 
 
 # ------------------------------------------------------------------------------- arrays and tensors
@@ -575,15 +641,18 @@ TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293, 
 TIFF_PIXELS |= {322, 323, 324, 325, 338, 339, 347, 529, 530, 532}
 
 
-def decode_without_metadata(file: str | BinaryIO, name: str) -> Image.Image | None:
+def decode_without_metadata(file: BinaryIO, name: str, limits: MediaLimits) -> Image.Image | None:
     """Decode an image whose file as a whole cannot be decoded from its pixel data alone; None if
     that fails too.
     """
+    data = file_bytes(file, MAX_REPAIRED_BYTES + 1)
+    if len(data) > MAX_REPAIRED_BYTES:
+        return None
     try:
-        stripped = without_metadata(file_bytes(file))
+        stripped = without_metadata(data)
         if stripped is None:
             return None
-        image = decode_image(io.BytesIO(stripped), name)
+        image = decode_image(io.BytesIO(stripped), name, limits)
     except Exception:  # the caller reports the first error
         return None
     reason = "its metadata are damaged, so they are ignored and it is not rotated"

@@ -26,7 +26,7 @@ from PIL import Image
 import video
 from conversations import SOURCE_KEYS, content_kind, item_source, read_conversation
 from json_files import read_json, read_optional_json
-from media import load_image, open_media, source_name, to_rgb
+from media import DEFAULT_LIMITS, MediaLimits, load_image, open_media, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer
 from video_decode import UnreliableIndex
 
@@ -236,15 +236,20 @@ FRAME_OPTIONS = ("fps", "nframes", "min_frames", "max_frames", "video_start", "v
 VIDEO_OPTIONS = FRAME_OPTIONS + SIZE_OPTIONS
 
 
-def load_video(source: Any, config: ImageConfig | None = None, **options: float) -> Clip:
+def load_video(
+    source: Any,
+    config: ImageConfig | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    **options: float,
+) -> Clip:
     """Sample and resize a video.
 
     source: a video file (anything `open_media` takes), a directory or list of images (anything
     `load_image` takes), or an array or tensor [F, H, W, 3] or [F, 3, H, W] (uint8, or floats of 0…1
     or 0…255). Of a file, by default 2 frames per second, at least 4, at most 768, an even number;
     of the others all, where fps is how many made a second. Each has up to 768 tokens; options:
-    those of VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14 (`video.py` has the rules). A damaged video
-    gives the frames that can be decoded, with a warning.
+    those of VIDEO_OPTIONS, as in qwen-vl-utils 0.0.14 (`video.py` has the rules); limits: what it
+    may cost. A damaged video gives the frames that can be decoded, with a warning.
 
     Raises FileNotFoundError, ValueError or TimeoutError with one sentence naming the source.
     """
@@ -255,11 +260,12 @@ def load_video(source: Any, config: ImageConfig | None = None, **options: float)
     }
     sizes = {name: value for name, value in options.items() if name in SIZE_OPTIONS}
     choice["factor"] = config.temporal_patch_size
+    choice["limits"] = limits
     name = source_name(source)
     frames = video.given_frames(source)
     if frames is not None:
         return resize_video(video.sample_list(frames, name, **choice), name, config, sizes)
-    media = open_media(source)
+    media = open_media(source, limits)
     try:
         return resize_video(video.sample_file(media, name, **choice), name, config, sizes)
     except UnreliableIndex as reason:
@@ -519,11 +525,16 @@ class Processor:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, image_config: ImageConfig, video_options: dict | None = None
+        self,
+        tokenizer: Tokenizer,
+        image_config: ImageConfig,
+        video_options: dict | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
     ):
         self.tokenizer = tokenizer
         self.image_config = image_config
         self.video_options = video_options or {}  # for `load_video`, unless an item has its own
+        self.limits = limits  # what one image or video may cost
 
     @classmethod
     def from_pretrained(
@@ -531,13 +542,14 @@ class Processor:
         folder: str | Path,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
         tokenizer_folder: str | Path | None = None,
     ) -> "Processor":
         """Read tokenizer and image settings of a checkpoint directory.
 
         Bounds given here replace the directory's for images, and the usual ones for the frames of a
-        video. tokenizer_folder: where the tokenizer's files are, if not in `folder`.
-        Raises FileNotFoundError or ValueError.
+        video. limits: what one image or video may cost. tokenizer_folder: where the tokenizer's
+        files are, if not in `folder`. Raises FileNotFoundError or ValueError.
         """
         bounds: dict[str, Any] = {}
         if min_pixels is not None:
@@ -546,7 +558,7 @@ class Processor:
             bounds["max_pixels"] = max_pixels
         tokenizer = Tokenizer.from_pretrained(tokenizer_folder or folder)
         image_config = replace(ImageConfig.from_pretrained(folder), **bounds)
-        return cls(tokenizer, image_config, bounds)
+        return cls(tokenizer, image_config, bounds, limits)
 
     def check_model(self, config: Any) -> None:
         """Raise ValueError where the processor's token ids or patch sizes contradict a model's
@@ -642,7 +654,7 @@ class Processor:
             return source
         own = {name: item[name] for name in VIDEO_OPTIONS if item.get(name) is not None}
         if kind == "video":
-            clip = load_video(source, config, **(self.video_options | own))
+            clip = load_video(source, config, self.limits, **(self.video_options | own))
             patches, grid = patchify(normalize(clip.frames, config), config)
             return Media(patches, grid, source_name(source), clip.size, clip.timestamps)
         return self._prepare_image(source, own)
@@ -655,7 +667,7 @@ class Processor:
                 check_setting(name, int, options[name])
         bounds = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
         config = replace(self.image_config, **bounds)
-        image = load_image(source)
+        image = load_image(source, self.limits)
         size = image.size
         if "resized_height" in options and "resized_width" in options:
             height, width = smart_resize(

@@ -44,7 +44,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from media import load_image, to_numpy
+from media import DEFAULT_LIMITS, MediaLimits, load_image, to_numpy
 from video_decode import Frame, VideoError, VideoIndex, read_frames, read_index
 
 DEFAULT_FPS = 2.0
@@ -261,6 +261,7 @@ def sample_file(
     video_start: float | None = None,
     video_end: float | None = None,
     decode_all: bool = False,
+    limits: MediaLimits = DEFAULT_LIMITS,
     **count_options: float | None,
 ) -> SampledVideo:
     """Choose the frames of a video file: spread evenly over those from video_start to video_end
@@ -274,7 +275,7 @@ def sample_file(
     FileNotFoundError, ValueError or TimeoutError with one sentence, here or while the frames are
     read; raises UnreliableIndex, likewise, where only decode_all can help.
     """
-    index = read_index(media, name, decode_all)
+    index = read_index(media, name, decode_all, limits)
     times, rate = frame_times(index, name)
     # A time is rounded to the tick of the file. Some files have ticks as long as a frame: those are
     # exact.
@@ -289,7 +290,7 @@ def sample_file(
         )
     count = count_frames(last - first + 1, rate, factor, **count_options)
     wanted = spread(first, last, count)
-    frames = read_frames(media, name, index, wanted)
+    frames = read_frames(media, name, index, wanted, limits)
     return SampledVideo([times[number] for number in wanted], frames)
 
 
@@ -398,6 +399,7 @@ def sample_list(
     max_frames: float | None = None,
     video_start: float | None = None,
     video_end: float | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> SampledVideo:
     """Choose among frames that are given one by one: all from video_start to video_end, or
     `nframes` of these.
@@ -418,15 +420,15 @@ def sample_list(
     elif nframes is not None and nframes < count:
         count = count_frames(count, rate, factor, nframes=nframes)
     wanted = spread(first, last, count)
-    images = same_size((frames[number] for number in wanted), name)
+    images = same_size((frames[number] for number in wanted), name, limits)
     return SampledVideo([times[number] for number in wanted], images)
 
 
-def same_size(sources: Iterator[object], name: str) -> Iterator[Frame]:
+def same_size(sources: Iterator[object], name: str, limits: MediaLimits) -> Iterator[Frame]:
     """Yield images one by one, as frames. Raise ValueError where sizes differ."""
     size = None
     for source in sources:
-        image = load_image(source)
+        image = load_image(source, limits)
         size = size or image.size
         if image.size != size:
             sizes = f"{size[0]}×{size[1]} and {image.width}×{image.height} (width × height)"

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from media import check_regular_file, to_rgb
+from media import DEFAULT_LIMITS, MediaLimits, check_regular_file, to_rgb
 
 STALL_SECONDS = 20.0  # a decoder that has not finished a single packet by then is given up
 DEADLINE_SECONDS = 1800.0  # for one pass over a file
@@ -96,7 +96,12 @@ class Frame(NamedTuple):
 # ------------------------------------------------------------------------------ what video.py calls
 
 
-def read_index(media: str | BinaryIO, name: str, decode_all: bool = False) -> VideoIndex:
+def read_index(
+    media: str | BinaryIO,
+    name: str,
+    decode_all: bool = False,
+    limits: MediaLimits = DEFAULT_LIMITS,
+) -> VideoIndex:
     """Return when each frame of a video is shown, by its packets or (decode_all) by decoding all of
     its frames.
 
@@ -107,9 +112,9 @@ def read_index(media: str | BinaryIO, name: str, decode_all: bool = False) -> Vi
 
     def steps(step: Callable[[], None]) -> Iterator[VideoIndex]:
         if is_webp(media):
-            yield webp_index(media, step)
+            yield webp_index(media, step, name, limits)
             return
-        with opened(media, name) as video:
+        with opened(media, name, limits) as video:
             yield decoded_index(video, step) if decode_all else packet_index(video, step)
 
     [index] = in_thread(steps, media, name)
@@ -117,7 +122,11 @@ def read_index(media: str | BinaryIO, name: str, decode_all: bool = False) -> Vi
 
 
 def read_frames(
-    media: str | BinaryIO, name: str, index: VideoIndex, wanted: list[int]
+    media: str | BinaryIO,
+    name: str,
+    index: VideoIndex,
+    wanted: list[int],
+    limits: MediaLimits = DEFAULT_LIMITS,
 ) -> Iterator[Frame]:
     """Yield the frames with the given numbers (ascending), one by one. Raises as `read_index`."""
 
@@ -125,7 +134,7 @@ def read_frames(
         if is_webp(media):
             yield from webp_frames(media, wanted, step)
             return
-        with opened(media, name) as video:
+        with opened(media, name, limits) as video:
             if index.decode_all:
                 frames = numbered_frames(video, wanted, step)
             else:
@@ -320,24 +329,43 @@ class OpenVideo:
 
 
 @contextmanager
-def opened(media: str | BinaryIO, name: str) -> Iterator[OpenVideo]:
+def opened(
+    media: str | BinaryIO, name: str, limits: MediaLimits = DEFAULT_LIMITS
+) -> Iterator[OpenVideo]:
     """Open a video file and choose its stream and decoder."""
     import av  # takes a while to import, and images do not need it
 
     # Literally this file, whatever its name looks like; and what it names must not reach into the
     # network.
     place = f"file:{media}" if isinstance(media, str) else media
+    max_pixels = str(limits.max_frame_pixels)
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    options["max_pixels"] = max_pixels  # where FFmpeg decodes a frame to find its format
     # Metadata is not used, so text that is not UTF-8 does not matter.
     with av.open(
         place, "r", options=options, metadata_errors="replace", timeout=STALL_SECONDS
     ) as container:
         stream = best_stream(container, name)
+        check_frame_pixels(stream.width, stream.height, name, limits)
         decoder = alpha_decoder(stream) or stream.codec_context
+        # Also where the size of the frames themselves is another one than the header's.
+        decoder.options = {"max_pixels": max_pixels}
         # Not FRAME (or AUTO): the frame threads of the H.265 decoder wait for each other forever
         # after some damage.
         decoder.thread_type = "SLICE"
         yield OpenVideo(container, stream, decoder)
+
+
+def check_frame_pixels(width: int, height: int, name: str, limits: MediaLimits) -> None:
+    """Raise VideoError for frames that are larger than the limits allow: a decoder holds up to 17
+    of them.
+    """
+    if width * height > limits.max_frame_pixels:
+        raise VideoError(
+            f"cannot read {name} as a video: its frames have {width:,}×{height:,} pixels, expected "
+            f"at most {limits.max_frame_pixels:,} in all; scale it down first, with a video editor "
+            "or FFmpeg"
+        )
 
 
 def best_stream(container: Any, name: str) -> Any:
@@ -606,11 +634,14 @@ def is_webp(media: str | BinaryIO) -> bool:
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
-def webp_index(media: str | BinaryIO, step: Callable[[], None]) -> VideoIndex:
+def webp_index(
+    media: str | BinaryIO, step: Callable[[], None], name: str, limits: MediaLimits
+) -> VideoIndex:
     """Return the times of all frames of an animated WebP image, by its own durations."""
     durations = []  # milliseconds
     damage = ""
     with Image.open(media, formats=["WEBP"]) as image:
+        check_frame_pixels(image.width, image.height, name, limits)
         count = getattr(image, "n_frames", 1)
         for number in range(count):
             step()

@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not boxes:
         warnings.warn(f"the answer has no box, so {arguments.out} is not written", stacklevel=2)
         return
-    drawing = draw(load_image(arguments.media[0]["image"]), boxes)
+    drawing = draw(load_image(arguments.media[0]["image"], session.processor.limits), boxes)
     with command_line.naming(arguments.out):
         drawing.save(arguments.out)
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -18,13 +19,14 @@ import pytest
 import torch
 from make_golden_preprocess import draw_pixels
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import generate as command
 import media
 from apps import batch, chat
-from media import file_url_path, load_image, to_rgb
-from preprocess import ImageConfig, preprocess_images
+from media import MediaLimits, file_url_path, load_image, to_rgb
+from preprocess import ImageConfig, Processor, preprocess_images
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = EXAMPLES / "shapes.png"
@@ -398,15 +400,149 @@ def test_load_image_accepts_bare_base64_as_the_reference_does():
         load_image("home/" + "a" * 95)
 
 
-def test_load_image_reads_a_large_photo_and_refuses_a_bomb(tmp_path):
+def test_load_image_reads_a_large_photo_without_a_warning(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # 90 million pixels
-    (tmp_path / "bomb.png").write_bytes(b"P6 60000 60000 255\n" + bytes(30))
     code = f"import sys; sys.path[:0] = {sys.path!r}; from media import load_image; "
     code += f"print(load_image({str(tmp_path / 'large.png')!r}).size)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("(10000, 9000)\n", "")
-    with pytest.raises(ValueError, match=r"bomb.png as an image: .*exceeds limit.*shrink it"):
+
+
+# --- bounds ---
+
+
+def encoded(image, file_format, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+def refuse_to_decode(monkeypatch):
+    def fail(*arguments):
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(Image, "_getdecoder", fail)
+
+
+@pytest.mark.parametrize(
+    "file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "QOI"]
+)
+def test_load_image_refuses_too_many_pixels_by_the_header(tmp_path, monkeypatch, file_format):
+    Image.fromarray(PIXELS).save(tmp_path / "x", file_format)  # 60×40 pixels
+    assert load_image(tmp_path / "x", MediaLimits(max_image_pixels=2400)).size == (60, 40)
+    refuse_to_decode(monkeypatch)
+    with pytest.raises(
+        ValueError, match=r"x as an image: it has 60×40 pixels, expected at most 2,"
+    ):
+        load_image(tmp_path / "x", MediaLimits(max_image_pixels=2399))
+
+
+def test_load_image_refuses_a_bomb_and_does_not_retry_without_metadata(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(b"P6 60000 60000 255\n" + bytes(30))
+    monkeypatch.delattr(media, "without_metadata")
+    with pytest.raises(ValueError, match=r"bomb.png as an image: it has 60,000×60,000 pixels, exp"):
         load_image(tmp_path / "bomb.png")
+
+
+def test_load_image_depends_on_its_own_limit_alone(monkeypatch):
+    """Pillow's is one number for the whole process, and stays as it is."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for file_format in ("JPEG", "PNG", "BMP"):
+        assert load_image(encoded(Image.fromarray(PIXELS), file_format)).size == (60, 40)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_load_image_of_an_icon_that_holds_more_than_it_declares_is_one_sentence():
+    """The image within is bounded by Pillow."""
+    data = bytearray(encoded(Image.fromarray(draw_pixels(64, 64)), "ICO", sizes=[(64, 64)]))
+    start = data.index(b"IHDR") + 4
+    data[start : start + 8] = struct.pack(">II", 30000, 30000)
+    data[start + 13 : start + 17] = struct.pack(">I", zlib.crc32(data[start - 4 : start + 13]))
+    with pytest.raises(ValueError, match=r"bytes as an image: .*exceeds limit.*; shrink it"):
+        load_image(bytes(data))
+
+
+def test_processor_bounds_images_and_frames_by_its_limits(processor, tmp_path):
+    limits = MediaLimits(max_image_pixels=2399)
+    limited = Processor(processor.tokenizer, processor.image_config, limits=limits)
+    path = str(tmp_path / "1.png")
+    Image.fromarray(PIXELS).save(path)
+    for item in (
+        {"type": "image", "image": path},
+        {"type": "video", "video": str(tmp_path)},
+        {"type": "video", "video": [path, path]},
+    ):
+        assert processor.prepare(item).patches.size
+        with pytest.raises(ValueError, match=r"1\.png as an image: it has 60×40 pixels"):
+            limited.prepare(item)
+
+
+def test_generate_bounds_pixels_by_its_option(capsys):
+    arguments = ["--quiet", "--image", str(SHAPES), "--max-image-pixels"]
+    width, height = Image.open(SHAPES).size
+    assert command.main([*arguments, str(width * height)]) == 0
+    assert command.main([*arguments, str(width * height - 1)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"generate.py: cannot read {SHAPES} as an image: it has {width}×{height}"
+    )
+    assert "--max-image-pixels" in error
+
+
+def jpeg_with_scans(count, segment=b""):
+    """A progressive JPEG whose last scan, with its Huffman table, is there `count` times more."""
+    data = encoded(Image.fromarray(PIXELS), "JPEG", progressive=True)
+    table = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
+    return data[:2] + segment + data[2:-2] + data[table:-2] * count + data[-2:]
+
+
+def test_load_image_bounds_the_scans_of_a_jpeg():
+    usual = jpeg_with_scans(0).count(b"\xff\xda")
+    assert 5 < usual < 20
+    assert load_image(jpeg_with_scans(100 - usual)).size == (60, 40)
+    with pytest.raises(ValueError, match="as an image: it has more than 100 scans"):
+        load_image(jpeg_with_scans(101 - usual))
+
+
+def test_load_image_counts_no_scans_in_metadata_or_after_the_image():
+    inner = b"\xff\xda\0\2" * 200
+    comment = b"\xff\xfe" + struct.pack(">H", len(inner) + 2) + inner
+    assert load_image(jpeg_with_scans(0, comment)).size == (60, 40)
+    assert load_image(jpeg_with_scans(0) + inner).size == (60, 40)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_load_image_reads_overlapping_exif_values_within_bounds(file_format):
+    """Thousands of tags, each of which names the same bytes as its value."""
+    count = 4000
+    start = 8 + 2 + 12 * (count + 1) + 4
+    entries = [(0x9000 + n, 7, 10_000, struct.pack("<I", start)) for n in range(count)]
+    data = with_exif(file_format, tiff_directory(orientation(6), *entries) + bytes(10_000))
+    tracemalloc.start()
+    try:
+        assert load_image(data).size == (40, 60)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("strip_pixels", [1, 60, 61, 180, 10**6])
+def test_to_rgb_composites_in_strips_as_in_one_piece(monkeypatch, strip_pixels):
+    monkeypatch.setattr(media, "STRIP_PIXELS", strip_pixels)
+    image = Image.fromarray(draw_pixels(40, 60, 4))
+    white = Image.new("RGBA", image.size, "white")
+    whole = Image.alpha_composite(white, image).convert("RGB")
+    assert np.array_equal(np.asarray(to_rgb(image)), np.asarray(whole))
+
+
+def test_load_image_does_not_count_the_pages_of_a_tiff(monkeypatch):
+    """A file can hold millions of empty ones."""
+    pages = [Image.fromarray(PIXELS)] * 3
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    monkeypatch.setattr(TiffImageFile, "n_frames", property(lambda image: 1 / 0))
+    with pytest.warns(UserWarning, match="first of several pages"):
+        load_image(data)
 
 
 # --- what is used in part is warned about ---
@@ -449,11 +585,11 @@ def test_load_image_of_a_wide_dtype_with_small_values_gives_no_warning(values):
 @pytest.mark.parametrize(
     ("file_format", "what"),
     [
-        ("GIF", "first of 3 frames"),
-        ("WEBP", "first of 3 frames"),
-        ("PNG", "first of 3 frames"),
-        ("TIFF", "first of 3 pages"),
-        ("AVIF", "first of 3 frames"),
+        ("GIF", "first of several frames"),
+        ("WEBP", "first of several frames"),
+        ("PNG", "first of several frames"),
+        ("TIFF", "first of several pages"),
+        ("AVIF", "first of several frames"),
     ],
 )
 def test_load_image_warns_about_dropped_frames(tmp_path, file_format, what):

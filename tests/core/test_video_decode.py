@@ -575,7 +575,7 @@ def test_load_video_reads_each_frame_of_an_array_as_an_image(monkeypatch, quiet,
     """What an array of three axes means as an image is decided in one place."""
     shapes = []
 
-    def load_image(array):
+    def load_image(array, limits):
         shapes.append(array.shape)
         return Image.new("RGB", (8, 8))
 
