@@ -34,8 +34,8 @@ from errors import error_reason, one_line
 class MediaLimits:
     """What an image or video from outside may cost. Pixels are those of the file, before resizing.
 
-    A file of less than a megabyte can declare any number of them. Decoded, a pixel takes 4 bytes of
-    a JPEG or PNG image and 17 of a WebP image, and twice 4 on the way to RGB.
+    A file of less than a megabyte can declare any number of them. On the way to RGB, a pixel takes
+    8 bytes at the peak, in a WebP image and in one of floats 16: up to 1.1 and 2.2 GB.
     """
 
     max_image_pixels: int = 2**27  # a photo of 108 million pixels is read

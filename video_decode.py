@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from media import DEFAULT_LIMITS, MediaLimits, check_regular_file, to_rgb
+from video_headers import check_sample_counts
 
 STALL_SECONDS = 20.0  # a decoder that has not finished a single packet by then is given up
 DEADLINE_SECONDS = 1800.0  # for one pass over a file
@@ -335,10 +336,11 @@ def opened(
     """Open a video file and choose its stream and decoder."""
     import av  # takes a while to import, and images do not need it
 
+    check_header(media)
     # Literally this file, whatever its name looks like; and what it names must not reach into the
     # network.
     place = f"file:{media}" if isinstance(media, str) else media
-    max_pixels = str(limits.max_frame_pixels)
+    max_pixels = str(2 * limits.max_frame_pixels + 2**16)  # decoders count their padding, too
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     options["max_pixels"] = max_pixels  # where FFmpeg decodes a frame to find its format
     # Metadata is not used, so text that is not UTF-8 does not matter.
@@ -354,6 +356,16 @@ def opened(
         # after some damage.
         decoder.thread_type = "SLICE"
         yield OpenVideo(container, stream, decoder)
+
+
+def check_header(media: str | BinaryIO) -> None:
+    """Raise ValueError for a file whose header declares more frames than FFmpeg has memory for."""
+    if isinstance(media, str):
+        with open(media, "rb") as file:
+            check_sample_counts(file)
+    else:
+        check_sample_counts(media)
+        media.seek(0)
 
 
 def check_frame_pixels(width: int, height: int, name: str, limits: MediaLimits) -> None:

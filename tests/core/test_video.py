@@ -481,8 +481,8 @@ def test_load_video_releases_images_one_by_one(videos, monkeypatch, no_warnings)
     alive = []
 
     def count_alive(function):
-        def counting(source):
-            image = function(source)
+        def counting(*arguments):
+            image = function(*arguments)
             references.append(weakref.ref(image))
             alive.append(sum(reference() is not None for reference in references))
             return image

@@ -6,6 +6,7 @@ import signal
 import struct
 import threading
 import warnings
+import zlib
 from fractions import Fraction
 
 import av
@@ -16,6 +17,8 @@ from PIL import Image
 
 import video
 import video_decode
+import video_headers
+from media import MediaLimits
 from preprocess import ImageConfig, load_video
 
 SMALL = ImageConfig(patch_size=2)  # tokens of 4×4 pixels: a frame of 64×48 stays as it is
@@ -388,11 +391,125 @@ def test_load_video_opens_no_playlist(tmp_path, monkeypatch, text):
             load_video(source, SMALL)
 
 
+@pytest.mark.parametrize("prefix", ["concat:", "subfile,,start,0,end,9,,:", "crypto:", "file:"])
+def test_load_video_takes_the_name_of_a_protocol_as_a_part_of_the_file_name(
+    tmp_path, monkeypatch, prefix
+):
+    monkeypatch.chdir(tmp_path)
+    encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
+    with pytest.raises(FileNotFoundError, match=f"there is no video at {prefix}x"):
+        load_video(f"{prefix}x.mp4", SMALL)
+    (tmp_path / "x.mp4").rename(tmp_path / f"{prefix}x.mp4")
+    assert len(load_video(f"{prefix}x.mp4", SMALL).frames) == 4
+
+
+@pytest.mark.parametrize("name", ["x%d.png", "x*.png", "x%03d.mp4"])
+def test_load_video_takes_a_pattern_as_a_file_name(tmp_path, name):
+    Image.fromarray(draw(0, 64, 48)).save(tmp_path / "x1.png")
+    with pytest.raises(FileNotFoundError, match="there is no video at"):
+        load_video(tmp_path / name, SMALL)
+
+
 def test_load_video_of_an_unknown_codec_is_one_sentence(tmp_path):
     data = encode(tmp_path / "x.avi", draw_frames(4, 64, 48)).read_bytes()
     data = data.replace(b"FMP4", b"XQZ7").replace(b"mp4v", b"XQZ7")
     with pytest.raises(ValueError, match=r"as a video: this build of FFmpeg has no decoder"):
         load_video(data, SMALL)
+
+
+# --- bounds ---
+
+
+def test_load_video_refuses_frames_that_are_too_large(tmp_path):
+    path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
+    webp = animated_webp(tmp_path / "x.webp")
+    assert len(load_video(path, SMALL, MediaLimits(max_frame_pixels=3072)).frames) == 4
+    for source in (path, webp):
+        with pytest.raises(ValueError, match=r"as a video: its frames have 64×48 pixels, expected"):
+            load_video(source, SMALL, MediaLimits(max_frame_pixels=3071))
+
+
+def motion_jpeg(path):
+    """Frames of 512×384 in a file whose header declares 64×48."""
+    data = encode(path, draw_frames(6, 512, 384), "mjpeg", pixels="yuvj420p").read_bytes()
+    assert data.count(struct.pack("<II", 512, 384)) >= 2
+    return data.replace(struct.pack("<II", 512, 384), struct.pack("<II", 64, 48))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_load_video_bounds_frames_that_are_larger_than_the_header_declares(tmp_path, monkeypatch):
+    """By the decoder's own check, before it allocates them."""
+    data = motion_jpeg(tmp_path / "x.avi")
+    sizes = []
+    size_of = video_decode.display_size
+    monkeypatch.setattr(
+        video_decode, "display_size", lambda *frame: sizes.append(size_of(*frame)) or sizes[-1]
+    )
+    assert len(load_video(data, SMALL).frames) == 4
+    assert set(sizes) == {(512, 384)}
+    with pytest.raises(ValueError, match="holds no frame that can be decoded"):
+        load_video(data, SMALL, MediaLimits(max_frame_pixels=64 * 48))
+
+
+def set_fields(data, box, place, layout, *values):
+    """Overwrite fields of the first box of a name, `place` bytes after its name."""
+    data = bytearray(data)
+    struct.pack_into(layout, data, data.index(box) + 4 + place, *values)
+    return bytes(data)
+
+
+MANY = 2**22 + 1
+
+
+def test_load_video_refuses_more_samples_than_bytes(tmp_path):
+    frames = draw_frames(6, 64, 48)
+    whole = encode(tmp_path / "a.mp4", frames).read_bytes()
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    fragmented = encode(tmp_path / "b.mp4", frames, container_options=options).read_bytes()
+    repeated = set_fields(whole, b"stsz", 8, ">I", 2**14)
+    for data in (
+        set_fields(whole, b"stsz", 4, ">II", 1, MANY),
+        set_fields(fragmented, b"trun", 0, ">II", 1, MANY),
+        set_fields(repeated, b"elst", 4, ">I", 2**11),
+        b"\0\0\0\x08uuid" + set_fields(whole, b"stsz", 4, ">II", 1, MANY),
+    ):
+        with pytest.raises(
+            ValueError, match=r"as a video: its header declares [\d,]+ samples, but"
+        ):
+            load_video(data, SMALL)
+
+
+def test_check_sample_counts_reads_a_compressed_header():
+    header = zlib.compress(b"stsz" + struct.pack(">III", 0, 1, MANY))
+    box = b"moov\0\0\0\0cmovcmvd" + struct.pack(">I", 99) + header
+    with pytest.raises(ValueError, match="declares"):
+        video_headers.check_sample_counts(io.BytesIO(struct.pack(">I", len(box) + 4) + box))
+
+
+def test_check_sample_counts_accepts_what_people_have(tmp_path):
+    """Few samples beyond a cut, and uncompressed sound, of which FFmpeg indexes larger pieces."""
+    data = encode(tmp_path / "a.mp4", draw_frames(6, 64, 48)).read_bytes()
+    video_headers.check_sample_counts(io.BytesIO(set_fields(data, b"stsz", 4, ">II", 1, MANY - 1)))
+    sound = encode_with(tmp_path / "x.mov", draw_frames(6, 64, 48), "mpeg4", ["video", "audio"])
+    track = b"trak" + b"hdlr" + bytes(8) + b"soun" + b"stts" + struct.pack(">IIII", 0, 1, MANY, 1)
+    track += b"stsz" + struct.pack(">III", 0, 2, MANY)
+    box = struct.pack(">I", len(track) + 8) + b"moov" + track
+    video_headers.check_sample_counts(io.BytesIO(box))
+    video_headers.check_sample_counts(io.BytesIO(sound.read_bytes()))
+    with pytest.raises(ValueError, match="declares"):
+        video_headers.check_sample_counts(io.BytesIO(box.replace(b"soun", b"vide")))
+
+
+def test_check_sample_counts_leaves_other_formats_alone(tmp_path):
+    for suffix, codec in (
+        ("avi", "mpeg4"),
+        ("mkv", "mpeg4"),
+        ("ts", "mpeg2video"),
+        ("webm", "vp8"),
+    ):
+        path = encode(tmp_path / f"x.{suffix}", draw_frames(4, 64, 48), codec, 25)
+        assert list(video_headers.header_boxes(io.BytesIO(path.read_bytes()), 10**9)) == []
+    assert list(video_headers.header_boxes(io.BytesIO(b""), 0)) == []
 
 
 # --- damage ---
