@@ -7,10 +7,12 @@ unread, and what is compressed is bounded by its size when it is not.
 """
 
 import asyncio
+import ssl
 import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, BinaryIO
 
 from errors import error_reason, one_line
@@ -94,8 +96,12 @@ async def fetch(url: str, name: str, max_bytes: int, silent_seconds: float) -> B
     """
     import httpx2
 
-    headers = {"Accept-Encoding": "identity"}  # images and videos are compressed already
-    async with httpx2.AsyncClient(timeout=silent_seconds, headers=headers) as client:
+    client = httpx2.AsyncClient(
+        timeout=silent_seconds,
+        headers={"Accept-Encoding": "identity"},  # images and videos are compressed already
+        verify=ssl_context(),
+    )
+    async with client:
         request = client.build_request("GET", url)
         for _ in range(MAX_REDIRECTS + 1):
             response = await client.send(request, stream=True)
@@ -108,6 +114,14 @@ async def fetch(url: str, name: str, max_bytes: int, silent_seconds: float) -> B
             finally:
                 await response.aclose()  # a body that was not read is not read here either
     raise Refused(f"{name} redirects more than {MAX_REDIRECTS} times")
+
+
+@lru_cache
+def ssl_context() -> ssl.SSLContext:
+    """Return what verifies certificates. Reading them takes longer than a small download."""
+    import httpx2
+
+    return httpx2.create_ssl_context()
 
 
 def check_redirect(target: Any, name: str) -> None:

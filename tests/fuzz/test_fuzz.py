@@ -1,5 +1,10 @@
 """The frame of the fuzzers, some mutants of each target, and every input that once failed."""
 
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.fuzz import __main__ as program
@@ -72,6 +77,17 @@ def test_make_mutant_depends_on_seed_and_number_alone():
     assert mutants == [frame.make_mutant("images", 0, number) for number in range(50)]
     assert len(set(mutants)) > 40
     assert mutants != [frame.make_mutant("images", 1, number) for number in range(50)]
+
+
+@pytest.mark.slow
+def test_seeds_are_the_same_in_another_process():
+    code = "from tests.fuzz import frame; import hashlib; "
+    code += "print([hashlib.sha256(b''.join(frame.load_target(name)[1])).hexdigest() "
+    code += "for name in frame.target_names()])"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    ours = [hashlib.sha256(b"".join(frame.load_target(name)[1])).hexdigest() for name in NAMES]
+    assert done.stdout == f"{ours}\n", done.stderr
 
 
 @pytest.mark.slow
