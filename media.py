@@ -301,12 +301,9 @@ def read_image(
 
 
 def decode_open_file(file: BinaryIO, name: str, limits: MediaLimits) -> Image.Image:
-    """Decode an open image file from its beginning; one that cannot be seeked is read first."""
+    """Decode an open image file from its beginning."""
     try:
-        file.seek(0)
-    except (AttributeError, OSError):  # a pipe
-        file = io.BytesIO(file.read())
-    try:
+        file = seekable(file)
         return decode_image(file, name, limits)
     except TooCostly as error:
         raise ValueError(f"cannot read {name} as an image: {error}") from error
@@ -316,6 +313,15 @@ def decode_open_file(file: BinaryIO, name: str, limits: MediaLimits) -> Image.Im
             return image
         reason = unreadable_reason(error, file)
         raise ValueError(f"cannot read {name} as an image: {reason}") from error
+
+
+def seekable(file: BinaryIO) -> BinaryIO:
+    """Return an open file at its beginning; one that cannot be seeked is read first."""
+    try:
+        file.seek(0)
+    except (AttributeError, OSError):  # a pipe, the body of a response
+        return io.BytesIO(file.read())
+    return file
 
 
 def existing_file(path: str, name: str) -> str | BinaryIO:

@@ -363,6 +363,36 @@ def test_load_image_opens_only_regular_files(tmp_path):
         load_image("/dev/zero")
 
 
+class Pipe(io.RawIOBase):
+    """A file that can be read once."""
+
+    def __init__(self, data):
+        self.data = io.BytesIO(data)
+
+    def readinto(self, buffer):
+        return self.data.readinto(buffer)
+
+    def readable(self):
+        return True
+
+
+def test_load_image_reads_an_open_file_that_cannot_be_seeked():
+    assert load_image(Pipe(SHAPES.read_bytes())).size == Image.open(SHAPES).size
+
+
+def test_load_image_of_a_file_object_that_cannot_be_read_is_one_sentence():
+    closed = io.BytesIO(SHAPES.read_bytes())
+    closed.close()
+
+    class Broken(Pipe):
+        def readinto(self, buffer):
+            raise RuntimeError("odd")
+
+    for file in (closed, Broken(b"")):
+        with pytest.raises(ValueError, match=r"^cannot read the given \w+ as an image: "):
+            load_image(file)
+
+
 def test_load_image_does_not_expand_the_home_directory():
     with pytest.raises(FileNotFoundError, match=r"no image at ~/x\.png \(~ is not expanded"):
         load_image("~/x.png")
