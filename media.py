@@ -35,7 +35,7 @@ class MediaLimits:
     """What an image or video from outside may cost. Pixels are those of the file, before resizing.
 
     A file of less than a megabyte can declare any number of them. On the way to RGB, a pixel takes
-    8 bytes at the peak, in a WebP image and in one of floats 16: up to 1.1 and 2.2 GB.
+    8 bytes at the peak, in a WebP image and in one of floats 16: up to 1.1 and 2.3 GB.
     """
 
     max_image_pixels: int = 2**27  # a photo of 108 million pixels is read

@@ -40,18 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     seconds = None
     if arguments.minutes is not None:
         seconds = arguments.minutes * 60 / len(arguments.names)
-    tallies = []
+    failures = 0
+    print(frame.HEADER, flush=True)
     for name in arguments.names:
         numbers = itertools.count(arguments.first)
         if arguments.mutants is not None:
             numbers = range(arguments.first, arguments.first + arguments.mutants)
         tally = frame.fuzz(name, arguments.seed, numbers, seconds)
-        tallies.append(tally)
+        print(frame.table_row(tally), flush=True)
         paths = frame.save_failures(tally, arguments.seed, arguments.out)
         for (number, outcome), path in zip(tally.failures, paths, strict=True):
             print(f"{name} {number} in {path}: {outcome.kind}: {outcome.detail}", file=sys.stderr)
-    print(frame.table(tallies))
-    return 1 if any(tally.failures for tally in tallies) else 0
+        failures += len(tally.failures)
+        if tally.is_interrupted:
+            break
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

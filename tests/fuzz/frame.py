@@ -75,6 +75,7 @@ class Tally:
     kinds: Counter = field(default_factory=Counter)
     failures: list[tuple[int, Outcome]] = field(default_factory=list)  # by the number of the mutant
     seconds: float = 0.0
+    is_interrupted: bool = False
 
     @property
     def mutants(self) -> int:
@@ -260,30 +261,33 @@ def run_mutants(name: str, seed: int, numbers: Iterable[int]) -> Iterator[tuple[
 
 
 def fuzz(name: str, seed: int, numbers: Iterable[int], seconds: float | None = None) -> Tally:
-    """Run mutants until the numbers or the seconds are used up, and return how they ended."""
+    """Return how mutants ended. Numbers, seconds or Ctrl-C end them, whichever comes first."""
     tally = Tally(name)
     start = time.monotonic()
-    for number, outcome in run_mutants(name, seed, numbers):
-        tally.add(number, outcome)
-        tally.seconds = time.monotonic() - start
-        if seconds is not None and tally.seconds > seconds:
-            break
+    try:
+        for number, outcome in run_mutants(name, seed, numbers):
+            tally.add(number, outcome)
+            tally.seconds = time.monotonic() - start
+            if seconds is not None and tally.seconds > seconds:
+                break
+    except KeyboardInterrupt:  # what was counted is worth printing
+        tally.is_interrupted = True
     return tally
 
 
 # ---------------------------------------------------------------------------------------- results
 
 
-def table(tallies: list[Tally]) -> str:
-    """Return the counts of several targets as a Markdown table."""
-    header = "target | mutants | right | refused | foreign | hangs | memory | per second"
-    lines = [f"| {header} |", "|---" * 8 + "|"]
-    for tally in tallies:
-        kinds = [tally.kinds[kind] for kind in (RIGHT, REFUSED, FOREIGN, HANG, MEMORY)]
-        rate = tally.mutants / max(tally.seconds, 1e-9)
-        counts = " | ".join(f"{count:,}" for count in (tally.mutants, *kinds))
-        lines.append(f"| {tally.name} | {counts} | {rate:,.0f} |")
-    return "\n".join(lines)
+HEADER = "| target | mutants | right | refused | foreign | hangs | memory | per second |\n"
+HEADER += "|---" * 8 + "|"
+
+
+def table_row(tally: Tally) -> str:
+    """Return the counts of one target as a line of a Markdown table."""
+    kinds = [tally.kinds[kind] for kind in (RIGHT, REFUSED, FOREIGN, HANG, MEMORY)]
+    rate = tally.mutants / max(tally.seconds, 1e-9)
+    counts = " | ".join(f"{count:,}" for count in (tally.mutants, *kinds))
+    return f"| {tally.name} | {counts} | {rate:,.0f} |"
 
 
 def save_failures(tally: Tally, seed: int, folder: Path) -> list[Path]:

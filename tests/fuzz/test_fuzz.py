@@ -90,6 +90,19 @@ def test_seeds_are_the_same_in_another_process():
     assert done.stdout == f"{ours}\n", done.stderr
 
 
+def test_fuzz_returns_what_was_counted_before_ctrl_c(monkeypatch):
+    def interrupted(*arguments):
+        yield 0, frame.Outcome(frame.RIGHT)
+        yield 1, frame.Outcome(frame.HANG)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(frame, "run_mutants", interrupted)
+    tally = frame.fuzz("images", 0, range(9))
+    assert tally.is_interrupted
+    assert tally.kinds == {frame.RIGHT: 1, frame.HANG: 1}
+    assert tally.failures == [(1, frame.Outcome(frame.HANG))]
+
+
 @pytest.mark.slow
 def test_main_returns_1_and_saves_what_failed(odd_target, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(frame, "target_names", lambda: [odd_target])
