@@ -469,7 +469,7 @@ def test_load_image_refuses_too_many_pixels_by_the_header(tmp_path, monkeypatch,
 
 def test_load_image_refuses_a_bomb_and_does_not_retry_without_metadata(tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(b"P6 60000 60000 255\n" + bytes(30))
-    monkeypatch.delattr(media, "without_metadata")
+    monkeypatch.setattr(media, "decode_without_metadata", lambda *_: 1 / 0)
     with pytest.raises(ValueError, match=r"bomb.png as an image: it has 60,000×60,000 pixels, exp"):
         load_image(tmp_path / "bomb.png")
 
@@ -532,6 +532,15 @@ def test_load_image_bounds_the_scans_of_a_jpeg():
     assert load_image(jpeg_with_scans(100 - usual)).size == (60, 40)
     with pytest.raises(ValueError, match="as an image: it has more than 100 scans"):
         load_image(jpeg_with_scans(101 - usual))
+
+
+@pytest.mark.parametrize(("count", "size"), [(64, (40, 60)), (65, (60, 40))])
+@pytest.mark.filterwarnings("ignore")
+def test_load_image_ignores_exif_in_too_many_segments(count, size):
+    exif = tiff_directory(orientation(6))
+    start = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
+    more = b"\xff\xe1\0\x09Exif\0\0x" * (count - 1)
+    assert load_image(jpeg_with_scans(0, start + more)).size == size
 
 
 def test_load_image_counts_no_scans_in_metadata_or_after_the_image():
