@@ -14,6 +14,7 @@ import importlib
 import multiprocessing
 import os
 import pkgutil
+import signal
 import sys
 import time
 import traceback
@@ -38,6 +39,7 @@ FAILURES = (FOREIGN, HANG, MEMORY)
 CASES = Path(__file__).parent / "cases"
 ADDRESS_SPACE = 2**33  # bytes of a worker, far above any target's bound: protects the machine
 START_SECONDS = 120.0  # that a worker may take to import its target
+WAITING = 30.0  # seconds of the clock for each of processor time, before a mutant counts as hanging
 LONGEST_SENTENCE = 1000
 
 
@@ -54,7 +56,7 @@ class Target:
     run: Callable[[bytes], None]
     mentions: str  # what every refusal names: the source, or the file
     mutate: Mutate = mutate_bytes
-    seconds: float = 10.0  # of one mutant
+    seconds: float = 10.0  # of processor time of one mutant
     megabytes: float = 512.0  # by which one mutant may raise the peak memory of the process
     quick_count: int = 300  # mutants that pytest runs
 
@@ -185,6 +187,15 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, hard))
 
 
+def limit_time(seconds: float) -> None:
+    """Let the system end this process after so many seconds of processor time; 0: never.
+
+    Unlike those of a clock, they do not pass faster on a busy machine.
+    """
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def silence_stderr() -> None:
     """Drop what libraries in C write about damaged data."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -200,7 +211,10 @@ def work(connection: Any, name: str, seed: int) -> None:
     while True:
         number = connection.recv()
         before = peak_megabytes()
-        outcome = judge(target, make_mutant(name, seed, number))
+        mutant = make_mutant(name, seed, number)
+        limit_time(target.seconds)
+        outcome = judge(target, mutant)
+        limit_time(0)
         grown = peak_megabytes() - before
         if grown > target.megabytes and outcome.kind not in FAILURES:
             outcome = Outcome(MEMORY, f"took {grown:,.0f} MB more; {outcome.detail}")
@@ -227,12 +241,14 @@ class Worker:
     def run(self, number: int, seconds: float) -> Outcome:
         """Return the outcome of a mutant. The worker cannot be used after HANG or a crash."""
         self.connection.send(number)
-        if not self.connection.poll(seconds):
-            return Outcome(HANG, f"not done after {seconds:g} seconds")
+        if not self.connection.poll(seconds * WAITING):
+            return Outcome(HANG, f"waits for {seconds * WAITING:g} seconds")
         try:
             return self.connection.recv()
         except EOFError:
             self.process.join()
+            if self.process.exitcode == -getattr(signal, "SIGPROF", 0):
+                return Outcome(HANG, f"not done after {seconds:g} seconds")
             return Outcome(FOREIGN, f"the process ended with code {self.process.exitcode}")
 
     def stop(self) -> None:

@@ -37,7 +37,7 @@ def run(data):
 KINDS = [b"right", b"refused", b"foreign", b"crash", b"hang", b"nameless", b"lines", b"large"]
 TARGET = Target(
     lambda: [b"right"], run, "x.json", lambda random, seeds: KINDS[random.randrange(8)],
-    seconds=5.0, megabytes=60.0,
+    seconds=1.0, megabytes=60.0,
 )
 """
 

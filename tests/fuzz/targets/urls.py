@@ -111,4 +111,4 @@ def is_local(url: str) -> bool:
     )
 
 
-TARGET = Target(seeds, run, mentions="", mutate=mutate, seconds=30.0, quick_count=150)
+TARGET = Target(seeds, run, mentions="", mutate=mutate, seconds=10.0, quick_count=150)

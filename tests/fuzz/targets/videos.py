@@ -78,6 +78,6 @@ TARGET = Target(
     run,
     mentions="the given bytes",
     mutate=byte_mutator(TOKENS),
-    seconds=45.0,  # more than a decoder is waited for
+    seconds=20.0,
     quick_count=200,
 )
