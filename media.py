@@ -410,7 +410,7 @@ def check_jpeg(file: BinaryIO) -> None:
     more than MAX_EXIF_SEGMENTS, which can be read without them.
 
     275 kB can hold 100 scans of 67 million pixels, which take 22 s to decode; libjpeg has no limit.
-    Pillow concatenates EXIF segments one by one: 20 MB of them take 0.5 s, and the time is quadratic.
+    Pillow joins EXIF segments one by one, in quadratic time: 20 MB of them take 0.5 s.
     """
     file.seek(0)
     data = file.read()
