@@ -39,6 +39,7 @@ from checkpoint_files import (
     open_shard,
     parameter_name,
     quantization_method,
+    quantization_settings,
 )
 from config_fields import Size, check_fields, is_integer, is_number, is_size
 from json_files import read_json
@@ -135,9 +136,9 @@ def find_base(folder: Path, weights: bool = True) -> Path:
 
 def check_base(folder: Path) -> None:
     """Raise ValueError if the base model's weights are quantized."""
-    raw_config = read_json(folder, "config.json")
-    method = quantization_method(raw_config)
-    if method is not None:
+    settings = quantization_settings(read_json(folder, "config.json"))
+    if settings:
+        method = quantization_method(settings)
         raise ValueError(
             f"adapters are merged into full-precision weights, but those in {folder} are quantized "
             f"with {method}: name the full-precision base model with --model, and --quantize int8 "

@@ -20,6 +20,7 @@ from safetensors import safe_open
 import hub
 from errors import first_line
 from json_files import read_json
+from packed_weights import Packing, parse_packing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -153,9 +154,13 @@ class StoredTensor(NamedTuple):
         with naming(self.path):
             return self.shard.get_slice(self.key).get_shape()
 
-    def is_floating_point(self) -> bool:
+    def dtype(self) -> str:
+        """Return the dtype in the file's own terms: F32, BF16, F8_E4M3, I32, ..."""
         with naming(self.path):
-            return "F" in self.shard.get_slice(self.key).get_dtype()  # F32, BF16, F8_E4M3
+            return self.shard.get_slice(self.key).get_dtype()
+
+    def is_floating_point(self) -> bool:
+        return "F" in self.dtype()
 
     def load(self) -> torch.Tensor:
         """Return the tensor, in place in the mapped file."""
@@ -184,8 +189,6 @@ def first_few(names: list[str], limit: int = 3) -> str:
 # ---------------------------------------------------------------- checkpoints that cannot be loaded
 # Methods by their `quant_method` in config.json; others are named as they are there.
 METHODS = {
-    "awq": "AWQ",
-    "gptq": "GPTQ",
     "fp8": "FP8",
     "fbgemm_fp8": "FBGEMM FP8",
     "hqq": "HQQ",
@@ -222,10 +225,11 @@ FULL_PRECISION = {  # by hidden_size
 
 
 def check_supported(folder: str | Path) -> None:
-    """Raise an error for a directory that holds no full-precision Qwen2-VL checkpoint.
+    """Raise an error for a directory that holds no Qwen2-VL checkpoint that can be loaded.
 
     The error is a ValueError or FileNotFoundError; its sentence names what the directory holds
-    instead (an adapter, GGUF files, quantized weights, another model) and what to use. Reads
+    instead (an adapter, GGUF files, weights quantized in an unknown way, another model) and what to
+    use. Reads
     config.json and the names of files, not the weights. A directory with nothing of that passes:
     the readers of its files say what is missing.
     """
@@ -243,30 +247,49 @@ def check_supported(folder: str | Path) -> None:
             f"{folder / 'config.json'}: model_type: expected 'qwen2_vl', "
             f"got {reprlib.repr(model_type)}: only Qwen2-VL checkpoints can be loaded"
         )
-    method = quantization_method(raw_config)
-    if method is not None:
-        raise ValueError(quantized_refusal(folder, method, raw_config))
+    find_packing(folder)
     if any(folder.glob("adapter_model.*")) and not holds_model(folder):
         raise ValueError(adapter_refusal(folder))
 
 
-def quantization_method(raw_config: dict) -> str | None:
-    """Return the quantization method that config.json specifies, with its bits."""
-    found = None
+def find_packing(folder: Path) -> Packing | None:
+    """Return how the linear layers of a checkpoint are packed, or None for plain weights.
+
+    Raises ValueError for a quantization that cannot be loaded.
+    """
+    folder = Path(folder)
+    raw_config = read_json(folder, "config.json")
+    settings = quantization_settings(raw_config)
+    if not settings:
+        return None
+    if isinstance(settings, dict) and settings.get("quant_method") in ("awq", "gptq"):
+        try:
+            return parse_packing(settings)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: quantization_config: {error}") from error
+    raise ValueError(quantized_refusal(folder, quantization_method(settings), raw_config))
+
+
+def quantization_settings(raw_config: dict) -> object:
+    """Return what config.json holds about quantization, None without."""
     for part in (raw_config, raw_config.get("text_config")):
         for key in ("quantization_config", "compression_config", "quantization"):
-            found = found or (isinstance(part, dict) and part.get(key))
-    if not found:
-        return None
-    if not isinstance(found, dict):
-        return reprlib.repr(found)
-    method = found.get("quant_method")
-    bits = found.get("bits", found.get("w_bit"))
-    if method is None and "group_size" in found:
+            if isinstance(part, dict) and part.get(key):
+                return part[key]
+    return None
+
+
+def quantization_method(settings: object) -> str:
+    """Return the name of the quantization method of config.json, with its bits."""
+    if not isinstance(settings, dict):
+        return reprlib.repr(settings)
+    method = settings.get("quant_method")
+    bits = settings.get("bits", settings.get("w_bit"))
+    if method is None and "group_size" in settings:
         method = "mlx"
-    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
         method = method or "bitsandbytes"
-        bits = 4 if found.get("load_in_4bit") else 8
+        bits = 4 if settings.get("load_in_4bit") else 8
     name = METHODS.get(str(method).lower(), str(method or "an unnamed method"))
     return f"{name} ({bits} bits)" if isinstance(bits, int) else name
 

@@ -157,7 +157,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="(default: the checkpoint's)",
     )
     parser.add_argument(
-        "--quantize", choices=("int8", "int4"), help="bits of the decoder's weights"
+        "--quantize",
+        choices=("int8", "int4"),
+        help="bits of the decoder's weights, where the checkpoint's are not quantized yet",
     )
     parser.add_argument(
         "--attention",
@@ -451,9 +453,10 @@ def describe_model(arguments: argparse.Namespace, model: Qwen2VL, seconds: float
     weight = model.model.norm.weight
     dtype = str(weight.dtype).removeprefix("torch.")
     parameters = list(model.parameters())
-    if arguments.quantize:
+    methods = linear.quantization_methods(model)
+    if methods:
         size = f"{sum(p.nbytes for p in parameters) / 1e6:,.1f} MB"
-        dtype += f", the decoder {arguments.quantize}"
+        dtype += f", the decoder {' and '.join(methods)}"
     else:
         size = f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters"
     name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"

@@ -1,4 +1,4 @@
-"""The linear layer of the model: its CPU kernels, and its weights in int8 and int4.
+"""The linear layer of the model: its CPU kernels, and its weights in 8 and 4 bits.
 
 A matmul of a few rows is limited by reading its weights from memory, one of many rows by
 arithmetic, so the best kernel differs, and so does the best dtype. What each choice gains is
@@ -10,11 +10,14 @@ Shapes: rows, all dimensions but the last of x together;
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from packed_weights import Grouping, Packing, Unpacked, dequantize
 
 MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight takes
 
@@ -106,38 +109,94 @@ class Linear(nn.Linear):
         return fast_linear(x, self.weight, self.bias)
 
 
-def quantize_in_chunks(
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return what `quantize` makes of the rows of weight [out, in], upcast to float32.
+def row_chunks(rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Yield start and end of consecutive rows: on the CPU as many as a cache holds.
 
-    It gets as many rows at a time as a cache holds.
+    On a GPU launches cost more. A meta tensor has no values to work on.
     """
-    numbers = []
-    scales = []
-    chunk = len(weight) if weight.is_meta else 256  # each chunk costs time, also without values
-    for rows in weight.detach().split(chunk):
-        chunk_numbers, chunk_scales = quantize(rows.float())
-        numbers.append(chunk_numbers)
-        scales.append(chunk_scales)
-    return (
-        nn.Parameter(torch.cat(numbers), requires_grad=False),
-        nn.Parameter(torch.cat(scales), requires_grad=False),
-    )
+    size = {"cuda": 4096, "meta": rows}.get(device.type, 256)
+    for start in range(0, rows, size):
+        yield start, min(start + size, rows)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer whose weights are integers from -127 to 127, with a scale for each output.
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Return a tensor, integers included, as a parameter that is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+# ------------------------------------------------------------------------------------ 8 and 4 bits
+class QuantizedLinear(nn.Module):
+    """What the layers with quantized weights have in common."""
+
+    bias: nn.Parameter | None
+    in_features: int
+    out_features: int
+
+    def method(self) -> str:
+        """Return a name such as "int8"."""
+        raise NotImplementedError
+
+    def grouping(self) -> Grouping:
+        """Return what config.json specifies about the integers."""
+        raise NotImplementedError
+
+    def unpack_chunks(self) -> Iterator[Unpacked]:
+        """Yield the integers of some outputs at a time."""
+        raise NotImplementedError
+
+    def groups(self) -> Tensor:
+        """Return the group of each input, int64 [in]."""
+        raise NotImplementedError
+
+    def unpack(self) -> Unpacked:
+        """Return all integers."""
+        chunks = list(self.unpack_chunks())
+        return Unpacked(
+            torch.cat([chunk.numbers for chunk in chunks]),
+            torch.cat([chunk.zeros for chunk in chunks]),
+            torch.cat([chunk.scales for chunk in chunks]),
+        )
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weights [out, in]."""
+        device = next(self.parameters()).device
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=device)
+        if weight.is_meta:
+            return weight  # for an estimate, as a chunk takes little
+        groups = self.groups()
+        start = 0
+        for chunk in self.unpack_chunks():
+            stop = start + len(chunk.numbers)
+            weight[start:stop] = dequantize(chunk, groups, dtype)
+            start = stop
+        return weight
+
+
+class Int8Linear(QuantizedLinear):
+    """A linear layer whose weights are integers from -128 to 127, with a scale for each output.
 
     The activations keep their dtype, but for a few rows on the CPU: those are rounded to bfloat16,
     which the kernel that reads bytes requires. Source: arXiv 2208.07339 §2, for the weights alone.
     """
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, weight: Tensor, scale: Tensor, bias: nn.Parameter | None = None):
+        """weight: int8 [out, in]; scale: bfloat16 [out]."""
         super().__init__()
-        # int8 [out, in], bfloat16 [out]
-        self.weight, self.scale = quantize_in_chunks(self.quantize, linear.weight)
-        self.bias = linear.bias
+        self.out_features, self.in_features = weight.shape
+        self.weight = frozen(weight)
+        self.scale = frozen(scale)
+        self.bias = bias
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> Int8Linear:
+        """Return a layer with the weights of a plain one rounded to steps of the largest / 127."""
+        weight = linear.weight.detach()
+        chunks = []
+        for start, stop in row_chunks(len(weight), weight.device):
+            chunks.append(cls.quantize(weight[start:stop].float()))
+        numbers = torch.cat([chunk[0] for chunk in chunks])
+        scales = torch.cat([chunk[1] for chunk in chunks])
+        return cls(numbers, scales, linear.bias)
 
     @staticmethod
     def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,6 +205,21 @@ class Int8Linear(nn.Module):
         numbers = (rows / scale[:, None].float()).round()
         numbers = numbers.clamp(-127, 127)  # the rounded scale may be a little small
         return numbers.to(torch.int8), scale
+
+    def method(self) -> str:
+        return "int8"
+
+    def grouping(self) -> Grouping:
+        return Grouping(8, -1, symmetric=True, act_order=False)
+
+    def unpack_chunks(self) -> Iterator[Unpacked]:
+        for start, stop in row_chunks(self.out_features, self.weight.device):
+            numbers = self.weight[start:stop].view(torch.uint8) ^ 128  # the zero point is 128
+            scales = self.scale[start:stop, None]
+            yield Unpacked(numbers, torch.full_like(scales, 128, dtype=torch.uint8), scales)
+
+    def groups(self) -> Tensor:
+        return torch.zeros(self.in_features, dtype=torch.int64, device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
@@ -160,67 +234,298 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class Int4Linear(nn.Module):
+# The kernel's own layout of 4-bit integers differs between processors.
+def pack_for_kernel(numbers: Tensor) -> Tensor:
+    """Return integers from 0 to 15 [n, in] as uint8 [n or up to 15 more, in / 2] for the kernel."""
+    numbers = F.pad(numbers, (0, 0, 0, -len(numbers) % 16))  # it takes multiples of sixteen
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
+
+
+def unpack_from_kernel(packed: Tensor) -> Tensor:
+    """Return the integers, uint8 [n, in], that `pack_for_kernel` packed.
+
+    How they are arranged is found out by packing the digits of their positions.
+    """
+    rows, inputs = packed.shape[0], 2 * packed.shape[1]
+    positions = torch.arange(rows * inputs).view(rows, inputs)
+    order = torch.zeros(packed.numel(), 2, dtype=torch.int64)
+    for shift in range(0, (rows * inputs).bit_length(), 4):
+        digits = pack_for_kernel(positions >> shift & 15).flatten()
+        order |= torch.stack((digits & 15, digits >> 4), dim=1).long() << shift
+    values = torch.stack((packed.flatten() & 15, packed.flatten() >> 4), dim=1)
+    numbers = torch.empty(rows * inputs, dtype=torch.uint8)
+    numbers[order.flatten()] = values.flatten()
+    return numbers.view(rows, inputs)
+
+
+class Int4Linear(QuantizedLinear):
     """A linear layer whose weights are integers from 0 to 15, on the CPU alone.
 
-    GROUP neighbors of a row share a scale and an offset: weight = (number - 8) · scale + offset.
-    One kernel serves any number of rows, in bfloat16; for long prompts it is slower than plain
-    weights. Raises ValueError for a width without whole groups.
+    A group of inputs shares a scale and an offset: weight = (number - 8) · scale + offset, where
+    the offset is (8 - zero) · scale, rounded to bfloat16. Without act-order the inputs of a group
+    are neighbors. One kernel serves any number of rows, in bfloat16; for long prompts it is slower
+    than plain weights.
     """
 
-    GROUP = 32
+    GROUP = 32  # of those that are quantized here
+    GROUPS = (32, 64, 128, 256)  # that the kernel has
+    SHRINK = 0.95
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(
+        self,
+        weight: Tensor,
+        zero: Tensor,
+        scale: Tensor,
+        bias: nn.Parameter | None = None,
+        input_order: Tensor | None = None,
+    ):
+        """weight: of `pack_for_kernel`, uint8 [≥ out, in / 2]; zero and scale: [out, groups].
+
+        input_order: int64 [in], inputs sorted by group, where groups are not neighbors.
+        """
         super().__init__()
-        self.out_features, inputs = linear.weight.shape
-        if inputs % self.GROUP:
-            raise ValueError(
-                f"int4 needs layers of whole groups of {self.GROUP} inputs, found one of {inputs}"
-            )
-        # The kernel's own order: uint8 [out, in / 2], and bfloat16 [in / GROUP, out, 2].
-        self.weight, scale = quantize_in_chunks(self.quantize, linear.weight)
-        self.scale = nn.Parameter(scale.transpose(0, 1).contiguous(), requires_grad=False)
-        self.bias = linear.bias
+        self.in_features = 2 * weight.shape[1]
+        self.out_features, groups = scale.shape
+        self.group_size = self.in_features // groups
+        scale = scale.bfloat16()
+        offset = ((8 - zero.float()) * scale.float()).bfloat16()
+        pairs = torch.stack((scale, offset), dim=2).transpose(0, 1)  # [groups, out, 2]
+        pairs = F.pad(pairs, (0, 0, 0, len(weight) - self.out_features))
+        self.weight = frozen(weight)
+        self.scale = frozen(pairs.contiguous())
+        self.bias = bias
+        self.input_order = None if input_order is None else frozen(input_order)
 
     @classmethod
-    def quantize(cls, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float32 rows [n, in] packed, and scales and offsets [n, in / GROUP, 2]."""
-        rows = F.pad(rows, (0, 0, 0, -len(rows) % 16))  # the kernel takes multiples of sixteen
+    def from_linear(cls, linear: nn.Linear) -> Int4Linear:
+        """Return a layer with the weights of a plain one rounded in groups of GROUP.
+
+        Raises ValueError for a width without whole groups.
+        """
+        weight = linear.weight.detach()
+        if weight.shape[1] % cls.GROUP:
+            raise ValueError(
+                f"int4 needs layers of whole groups of {cls.GROUP} inputs, found one of "
+                f"{weight.shape[1]}"
+            )
+        chunks = row_chunks(len(weight), weight.device)
+        quantized = (cls.quantize(weight[start:stop].float()) for start, stop in chunks)
+        return cls.from_chunks(quantized, linear.bias)
+
+    @classmethod
+    def from_chunks(
+        cls,
+        chunks: Iterable[Unpacked],
+        bias: nn.Parameter | None,
+        input_order: Tensor | None = None,
+    ) -> Int4Linear:
+        """Return a layer with these integers; only one of the chunks need exist at a time."""
+        packed = []
+        zeros = []
+        scales = []
+        for chunk in chunks:
+            numbers = chunk.numbers
+            if input_order is not None:
+                numbers = numbers[:, input_order]
+            packed.append(pack_for_kernel(numbers))
+            zeros.append(chunk.zeros)
+            scales.append(chunk.scales)
+        return cls(torch.cat(packed), torch.cat(zeros), torch.cat(scales), bias, input_order)
+
+    @classmethod
+    def quantize(cls, rows: Tensor) -> Unpacked:
+        """Return float32 rows [n, in] as integers, with the better of two scales for each group.
+
+        One covers a group from its smallest to its largest weight. The other is a little smaller:
+        it clips those, and rounds all others less.
+        """
         groups = rows.unflatten(1, (-1, cls.GROUP))
-        low = groups.amin(2)  # [n, in / GROUP]
-        high = groups.amax(2)
+        whole, whole_error = cls.quantize_groups(groups, 1)
+        small, small_error = cls.quantize_groups(groups, cls.SHRINK)
+        is_better = small_error < whole_error  # [n, groups]
+        return Unpacked(
+            torch.where(is_better[..., None], small.numbers, whole.numbers).flatten(1),
+            torch.where(is_better, small.zeros, whole.zeros),
+            torch.where(is_better, small.scales, whole.scales),
+        )
+
+    @staticmethod
+    def quantize_groups(groups: Tensor, share: float) -> tuple[Unpacked, Tensor]:
+        """Return float32 groups [n, groups, GROUP] as integers, and each group's squared error.
+
+        share: of the range of the weights that the integers cover. The zero point is at least 1,
+        as the format that GPTQ saves has no place for 0.
+        """
+        high = groups.amax(2).clamp(min=0) * share  # [n, groups]
+        low = torch.minimum(groups.amin(2) * share, -high / 14)
         scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
-        offset = (low + 8 * scale.float()).bfloat16()
-        numbers = (groups - offset[..., None].float()) / scale[..., None].float() + 8
-        numbers = numbers.round().clamp(0, 15)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.flatten(1).int(), 1)
-        return packed, torch.stack((scale, offset), dim=2)
+        step = scale.float()
+        zero = (-low / step).round().clamp(1, 15)
+        offset = ((8 - zero) * step).bfloat16().float()  # what the kernel will add
+        numbers = (groups - offset[..., None]) / step[..., None] + 8
+        numbers = numbers.round_().clamp_(0, 15)
+        weights = (numbers - 8) * step[..., None] + offset[..., None]
+        error = (weights - groups).square().sum(2)
+        return Unpacked(numbers.to(torch.uint8), zero.to(torch.uint8), scale), error
+
+    def method(self) -> str:
+        return "int4"
+
+    def grouping(self) -> Grouping:
+        is_symmetric = not self.scale[..., 1].any()
+        return Grouping(4, self.group_size, is_symmetric, self.input_order is not None)
+
+    def unpack_chunks(self) -> Iterator[Unpacked]:
+        scales, offsets = self.scale.float().permute(2, 1, 0)  # [out, groups]
+        zeros = (8 - offsets / scales).round().to(torch.uint8)
+        for start, stop in row_chunks(len(self.weight), self.weight.device):
+            numbers = unpack_from_kernel(self.weight[start:stop])
+            if self.input_order is not None:
+                numbers = numbers[:, self.input_order.argsort()]
+            stop = min(stop, self.out_features)  # the rest is padding
+            rows = slice(start, stop)
+            yield Unpacked(numbers[: stop - start], zeros[rows], scales[rows].bfloat16())
+
+    def groups(self) -> Tensor:
+        groups = torch.arange(self.in_features) // self.group_size
+        return groups if self.input_order is None else groups[self.input_order.argsort()]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
         rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.GROUP, self.scale)
+        if self.input_order is not None:
+            rows = rows[:, self.input_order]
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.weight, self.group_size, self.scale
+        )
         y = y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
-
-
-QUANTIZED = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def quantize_linears(model: nn.Module, bits: str) -> None:
     """Replace the linear layers of a Qwen2VL's decoder and head by "int8" or "int4" ones.
 
     The vision encoder works on many rows at once, which fewer bits would not make faster, so
-    it keeps its weights; so does the embedding table, which is only looked up.
+    it keeps its weights; so does the embedding table, which is only looked up. Layers that are
+    quantized already stay as they are.
     Raises ValueError where that is not possible.
     """
-    if bits not in QUANTIZED:
+    if bits not in ("int8", "int4"):
         raise ValueError(f"quantize is {bits!r}, expected 'int8', 'int4' or None")
     device = next(model.parameters()).device.type
     if bits == "int4" and device not in ("cpu", "meta"):
         raise ValueError(
             f"int4 weights are for the CPU, this model is on {device}; int8 works there, too"
         )
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and not name.startswith("visual."):
-            model.set_submodule(name, QUANTIZED[bits](module))
+    for name in names_of(nn.Linear, model):
+        if name.startswith("visual."):
+            continue
+        module = cast(nn.Linear, model.get_submodule(name))
+        if bits == "int8":
+            model.set_submodule(name, Int8Linear.from_linear(module))
+        else:
+            model.set_submodule(name, Int4Linear.from_linear(module))
+
+
+def names_of(kind: type, model: nn.Module) -> list[str]:
+    """Return the names of the layers of a kind.
+
+    A list of the layers themselves would keep all of them alive while they are replaced.
+    """
+    return [name for name, module in model.named_modules() if isinstance(module, kind)]
+
+
+# ----------------------------------------------------------------- weights as a checkpoint has them
+class PackedLinear(QuantizedLinear):
+    """A linear layer with the tensors of an AWQ or GPTQ checkpoint, dequantized in each call.
+
+    It serves every layout, dtype and device; `use_kernels` replaces it where a kernel can read
+    the integers. In float32 and float64 its weights are exact.
+    """
+
+    def __init__(self, linear: nn.Linear, packing: Packing):
+        """Take the place of a layer; the tensors are on the meta device until they are loaded."""
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.packing = packing
+        self.bias = linear.bias
+        self.shapes = packing.shapes(self.in_features, self.out_features)
+        for name, shape in self.shapes.items():
+            dtype = torch.float16 if name == "scales" else torch.int32
+            setattr(self, name, frozen(torch.empty(shape, dtype=dtype, device="meta")))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the packed tensors by their names."""
+        return {name: getattr(self, name) for name in self.shapes}
+
+    def groups(self) -> Tensor:
+        """Return the group of each input, int64 [in]."""
+        return self.packing.group_of_inputs(self.in_features, self.tensors())
+
+    def method(self) -> str:
+        return self.packing.name
+
+    def grouping(self) -> Grouping:
+        packing = self.packing
+        return Grouping(packing.bits, packing.group_size, packing.symmetric, packing.act_order)
+
+    def unpack_chunks(self) -> Iterator[Unpacked]:
+        tensors = self.tensors()
+        for start, stop in row_chunks(self.out_features, tensors["scales"].device):
+            yield self.packing.unpack(tensors, start, stop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in x's dtype."""
+        return fast_linear(x, self.dequantize(x.dtype), self.bias)
+
+
+def use_kernels(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each `PackedLinear` that a kernel of the CPU can read, one after the other.
+
+    Those round activations to bfloat16, so they are for the dtypes of 16 bits.
+    """
+    if dtype not in (torch.bfloat16, torch.float16):
+        return
+    for name in names_of(PackedLinear, model):
+        module = cast(PackedLinear, model.get_submodule(name))
+        layer = int4_layer(module) if module.packing.bits == 4 else int8_layer(module)
+        if layer is not None:
+            model.set_submodule(name, layer)
+
+
+def int4_layer(layer: PackedLinear) -> Int4Linear | None:
+    """Return a layer of 4 bits for the kernel, or None where its groups are not the kernel's."""
+    size = layer.packing.group_size
+    if size == -1:
+        size = layer.in_features
+    if size not in Int4Linear.GROUPS or layer.in_features % size:
+        return None
+    order = None
+    if layer.packing.act_order:
+        groups = layer.groups()
+        order = groups.argsort(stable=True)
+        neighbors = torch.arange(layer.in_features) // size
+        if not groups.is_meta and not torch.equal(groups[order], neighbors):
+            return None  # groups of different sizes
+    return Int4Linear.from_chunks(layer.unpack_chunks(), layer.bias, order)
+
+
+def int8_layer(layer: PackedLinear) -> Int8Linear | None:
+    """Return a layer of 8 bits for the kernel, or None where it needs more than a scale."""
+    if layer.packing.count_groups(layer.in_features) > 1:
+        return None
+    chunks = []
+    for numbers, zeros, _ in layer.unpack_chunks():
+        symmetric = layer.packing.symmetric if zeros.is_meta else bool((zeros == 128).all())
+        if not symmetric:
+            return None  # a zero point other than that of int8
+        chunks.append((numbers ^ 128).view(torch.int8))
+    scales = layer.tensors()["scales"]
+    return Int8Linear(torch.cat(chunks), scales[0].bfloat16(), layer.bias)
+
+
+def quantization_methods(model: nn.Module) -> list[str]:
+    """Return the names of how a model's layers are quantized, sorted; none for plain weights."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    return sorted({layer.method() for layer in layers})

@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from checkpoint_files import (
     StoredTensor,
     check_not_quantized,
     check_supported,
+    find_packing,
     first_few,
     naming,
     open_shard,
@@ -41,10 +42,12 @@ from checkpoint_files import (
 from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
 from errors import first_line
 from json_files import read_json
+from packed_weights import Grouping, Packing, gptq_config, pack_gptq
 from qwen2vl import Config, Qwen2VL, VisionConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+PACKED_HEAD = "lm_head.qweight"
 
 
 # -------------------------------------------------------------------------------------- config.json
@@ -269,39 +272,88 @@ def described(folder: Path) -> str:
 
 
 def check_tensors(
-    folder: Path, expected: dict[str, list[int]], stored: dict[str, StoredTensor]
+    folder: Path, expected: dict[str, nn.Parameter], stored: dict[str, StoredTensor]
 ) -> None:
     """Raise ValueError with the first few tensors that do not fit.
 
-    Those are missing, unknown, misshapen or not floating point.
+    Those are missing, unknown, misshapen, or integers where the model has floating point, or the
+    reverse.
     """
-    missing = [f"{name} {shape}" for name, shape in expected.items() if name not in stored]
+    missing = [f"{name} {list(p.shape)}" for name, p in expected.items() if name not in stored]
     unknown = []
     misshapen = []
     integers = []
+    not_int32 = []
     for name, tensor in stored.items():
         shape = tensor.shape()
         if name not in expected:
             unknown.append(f"{tensor.key} {shape}")
-        elif shape != expected[name]:
-            misshapen.append(f"{tensor.key} (expected {expected[name]}, got {shape})")
+        elif shape != list(expected[name].shape):
+            expected_shape = list(expected[name].shape)
+            misshapen.append(f"{tensor.key} (expected {expected_shape}, got {shape})")
+        elif not expected[name].is_floating_point():
+            if tensor.dtype() != "I32":
+                not_int32.append(tensor.key)
         elif not tensor.is_floating_point():
             integers.append(tensor.key)
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing: {first_few(missing)}")
-    if unknown:
-        problems.append(f"{len(unknown)} not part of {described(folder)}: {first_few(unknown)}")
-    if misshapen:
-        problems.append(f"{len(misshapen)} of another shape: {first_few(misshapen)}")
-    if integers:
-        problems.append(
-            f"{len(integers)} of a dtype that is not floating point: {first_few(integers)}"
-        )
+    lists = {
+        "missing": missing,
+        f"not part of {described(folder)}": unknown,
+        "of another shape": misshapen,
+        "of a dtype that is not floating point": integers,
+        "of a dtype that is not int32": not_int32,
+    }
+    problems = [f"{len(keys)} {what}: {first_few(keys)}" for what, keys in lists.items() if keys]
     if problems:
         raise ValueError(
             f"the tensors in {folder} do not fit its config.json: {'; '.join(problems)}"
         )
+
+
+def pack_linears(model: nn.Module, packing: Packing, names: Collection[str]) -> None:
+    """Replace the linear layers that are packed in files with tensors of these names.
+
+    The files decide, as `modules_to_not_convert` is often incomplete.
+    Raises ValueError for a layer that cannot be packed.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or f"{name}.qweight" not in names:
+            continue
+        layer_packing = packing
+        if f"{name}.g_idx" not in names and not packing.act_order:
+            layer_packing = replace(packing, has_g_idx=False)  # some packers leave it out
+        try:
+            model.set_submodule(name, linear.PackedLinear(module, layer_packing))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def drop_zero_biases(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """Leave out biases of packed layers without bias: packers of GPTQ write zeros for each layer.
+
+    Raises ValueError for other values.
+    """
+    for name in linear.names_of(linear.PackedLinear, model):
+        bias = stored.get(f"{name}.bias")
+        if bias is None or model.get_submodule(name).bias is not None:
+            continue
+        if bias.load().any():
+            raise ValueError(f"{bias.key} in {bias.path}: expected zeros, as {name} has no bias")
+        del stored[f"{name}.bias"]
+
+
+def check_groups(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError if `g_idx` holds a group that a layer does not have."""
+    for name, tensor in stored.items():
+        if not name.endswith(".g_idx"):
+            continue
+        groups = model.get_parameter(name.replace(".g_idx", ".scales")).shape[0]
+        low, high = (int(value) for value in tensor.load().aminmax())
+        if low < 0 or high >= groups:
+            raise ValueError(
+                f"{tensor.key} in {tensor.path}: expected groups from 0 to {groups - 1}, "
+                f"got {low} to {high}"
+            )
 
 
 def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.dtype) -> None:
@@ -309,9 +361,11 @@ def resolve_head(config: Config, stored: dict[str, StoredTensor], dtype: torch.d
 
     A tensor under either name serves both. If both are stored and equal in the model's dtype, the
     head is left out of `stored`. If they differ, both are kept, `config.tie_word_embeddings`
-    becomes false, and a warning says so.
+    becomes false, and a warning says so. A quantized head is one of its own, too.
     Source: transformers 5.23.0, `PreTrainedModel.tie_weights`.
     """
+    if PACKED_HEAD in stored:
+        config.tie_word_embeddings = False
     if not config.tie_word_embeddings or HEAD not in stored:
         return
     if EMBEDDING not in stored:
@@ -374,7 +428,8 @@ def load_model(
     by default `checkpoint_dtype`.
     attn_implementation: "eager", "sdpa", "flash", or "auto": flash-attn where it is
     installed and can run, else sdpa.
-    quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits.
+    quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits; those that
+    the checkpoint has quantized stay as they are.
     adapters: directories or hub names of LoRA adapters, which are merged into the weights in order.
     Raises OSError or ValueError: one sentence that names the file, tensor
     or field that cannot be loaded.
@@ -390,16 +445,22 @@ def load_model(
     model = empty_model(config, attn_implementation)
     names = {name for name, _ in model.named_parameters()}
     stored = list_tensors(paths, names | {HEAD})
-    check_not_quantized(folder, list(stored))
+    packing = find_packing(folder)
+    if packing is None:
+        check_not_quantized(folder, list(stored))
     file_config = replace(config)
     resolve_head(config, stored, dtype)
     updates = apply_adapters(adapter_folders, folder, config, stored)
     if config != file_config:
         model = empty_model(config, attn_implementation)  # with a head of its own, or more tokens
+    if packing is not None:
+        pack_linears(model, packing, stored)
+        drop_zero_biases(model, stored)
     parameters = dict(model.named_parameters())  # lists a tied head once, as the embedding
-    check_tensors(folder, {name: list(p.shape) for name, p in parameters.items()}, stored)
+    check_tensors(folder, parameters, stored)
+    check_groups(model, stored)
     state = {
-        name: load_parameter(tensor, updates.get(name, []), device, dtype)
+        name: load_parameter(name, tensor, updates.get(name, []), device, dtype)
         for name, tensor in stored.items()
     }
     if config.tie_word_embeddings:
@@ -408,18 +469,28 @@ def load_model(
     model.tie_weights()  # assigning has made two parameters of the one tensor
     if (folder / "generation_config.json").is_file():
         model.generation_config = read_json(folder, "generation_config.json")
+    if device.type == "cpu":
+        state.clear()  # so that each layer's packed tensors are released as it is converted
+        linear.use_kernels(model, dtype)
     if quantize is not None:
         linear.quantize_linears(model, quantize)
     return model.eval()
 
 
 def load_parameter(
-    tensor: StoredTensor, updates: list[Update], device: torch.device, dtype: torch.dtype
+    name: str,
+    tensor: StoredTensor,
+    updates: list[Update],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """Return a stored tensor as a parameter; without updates by adapters in place where possible.
 
-    Only one matrix at a time is merged, so that no second copy of the model exists.
+    Packed integers and their scales keep their dtype. Only one matrix at a time is merged, so that
+    no second copy of the model exists.
     """
+    if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx")):
+        return tensor.load().to(device)
     if not updates:
         return tensor.load().to(device, dtype)
     return merge_updates(tensor.load().to(device), updates, dtype)
@@ -516,32 +587,89 @@ def resize_rows(weight: torch.Tensor, new_size: int) -> nn.Parameter:
 def save_model(model: Qwen2VL, folder: str | Path) -> None:
     """Write config.json (flat), generation_config.json if the model has one, and model.safetensors.
 
-    The dtype is the model's own. With the tokenizer's files and preprocessor_config.json beside
-    them, the directory loads here and in transformers. Each file replaces an earlier one only when
-    it is complete, so that a model can be saved into the directory whose weights it has mapped.
-    Raises ValueError for a model with quantized layers, OSError naming a file that cannot be
-    written.
+    The dtype is the model's own; quantized layers are written in the layout of GPTQ. With the
+    tokenizer's files and preprocessor_config.json beside them, the directory loads here and in
+    transformers. Each file replaces an earlier one only when it is complete, so that a model can be
+    saved into the directory whose weights it has mapped.
+    Raises ValueError for quantized layers that GPTQ's layout has no place for, OSError naming a
+    file that cannot be written.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(
-                "a quantized model cannot be saved: expected floating-point weights, "
-                f"{name} is {parameter.dtype}"
-            )
+    quantization = saved_quantization(model)
+    state = {name: tensor.detach().contiguous() for name, tensor in saved_tensors(model)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # named_parameters lists a tied head only once; transformers asks for the format
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    # transformers asks for the format
     write_file(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
-        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
+        "torch_dtype": str(model.model.norm.weight.dtype).removeprefix("torch."),
         **asdict(model.config),
     }
+    if quantization is not None:
+        config["quantization_config"] = quantization
     write_json(folder / "config.json", config)
     if model.generation_config:
         write_json(folder / "generation_config.json", model.generation_config)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, linear.QuantizedLinear]:
+    """Return the layers with quantized weights by their names, without the head."""
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, linear.QuantizedLinear) and name != "lm_head":
+            layers[name] = module
+    return layers
+
+
+def saved_quantization(model: nn.Module) -> dict | None:
+    """Return the `quantization_config` of the saved model, None if its weights are plain.
+
+    Raises ValueError for layers quantized in different ways, which no reader expects.
+    """
+    groupings = [layer.grouping() for layer in quantized_layers(model).values()]
+    if not groupings:
+        return None
+    kinds = {(grouping.bits, grouping.group_size) for grouping in groupings}
+    if len(kinds) > 1:
+        names = [f"{bits} bits in groups of {size}" for bits, size in sorted(kinds)]
+        raise ValueError(
+            "expected quantized layers of the same bits and groups, as a directory holds only one "
+            f"kind, got {' and '.join(names)}"
+        )
+    [(bits, group_size)] = kinds
+    symmetric = all(grouping.symmetric for grouping in groupings)
+    act_order = any(grouping.act_order for grouping in groupings)
+    return gptq_config(Grouping(bits, group_size, symmetric, act_order))
+
+
+def saved_tensors(model: Qwen2VL) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of a checkpoint by name: quantized layers as GPTQ packs them.
+
+    A quantized head becomes plain weights again, as transformers reads no other; where it is tied,
+    the embeddings serve it.
+    """
+    layers = quantized_layers(model)
+    skipped = set(layers)
+    if isinstance(model.lm_head, linear.QuantizedLinear):
+        skipped.add("lm_head")
+        if not model.config.tie_word_embeddings:
+            yield HEAD, model.lm_head.dequantize(model.model.norm.weight.dtype)
+    for name, layer in layers.items():
+        for ending, tensor in pack_layer(name, layer).items():
+            yield f"{name}.{ending}", tensor
+    for name, parameter in model.named_parameters():  # lists a tied head only once
+        module, _, ending = name.rpartition(".")
+        if module not in skipped or ending == "bias":
+            yield name, parameter
+
+
+def pack_layer(name: str, layer: linear.QuantizedLinear) -> dict[str, torch.Tensor]:
+    """Return a layer's tensors as GPTQ packs them. Raises ValueError naming one that it cannot."""
+    try:
+        return pack_gptq(layer.unpack(), layer.groups(), layer.grouping().bits)
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be saved: {error}") from error
 
 
 def write_json(path: Path, values: dict) -> None:

@@ -15,21 +15,33 @@ take themselves.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 import command_line
 import linear
 from apps import batch as batch_file
+from checkpoint_files import find_packing, quantization_settings, weight_files
 from generate import new_token_limit, trained_length
 from json_files import read_json
-from load_weights import checkpoint_dtype, choose_attention, empty_model, find_device, load_config
+from load_weights import (
+    PACKED_HEAD,
+    checkpoint_dtype,
+    choose_attention,
+    empty_model,
+    find_device,
+    list_tensors,
+    load_config,
+    pack_linears,
+)
 from preprocess import Batch, Processor
-from qwen2vl import Config, KVCache, get_rope_index
+from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
 
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -44,6 +56,7 @@ class Run:
     quantize: str | None = None
     max_new_tokens: int | None = None
     generation_config: dict = field(default_factory=dict)
+    pack: Callable[[Qwen2VL], None] | None = None  # packs the layers that the checkpoint has packed
 
 
 class Size(NamedTuple):
@@ -58,9 +71,15 @@ def weights_size(run: Run) -> Size:
     model = empty_model(run.config).to(run.dtype)
     count = sum(p.numel() for p in model.parameters())
     remark = f"{count / 1e6:,.1f} M parameters in {str(run.dtype).removeprefix('torch.')}"
+    if run.pack is not None:
+        run.pack(model)
+    if run.device.type == "cpu":
+        linear.use_kernels(model, run.dtype)
     if run.quantize is not None:
         linear.quantize_linears(model, run.quantize)
-        remark += f", the decoder's in {run.quantize}"
+    methods = linear.quantization_methods(model)
+    if methods:
+        remark += f", the decoder's in {' and '.join(methods)}"
     return Size(sum(p.nbytes for p in model.parameters()), remark)
 
 
@@ -260,6 +279,41 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def packed_tensor_names(directory: Path, config: Config) -> set[str]:
+    """Return the names of the tensors of packed layers.
+
+    They are those of the weights where these have been downloaded, else what config.json specifies.
+    """
+    model = empty_model(config)
+    with suppress(FileNotFoundError):
+        parameters = {name for name, _ in model.named_parameters()}
+        return set(list_tensors(weight_files(directory), parameters))
+    settings = quantization_settings(read_json(directory, "config.json"))
+    kept = settings.get("modules_to_not_convert") or []
+    names = set()
+    for name, module in model.named_modules():
+        is_packed = name.startswith("model.layers.")
+        if name == "lm_head":
+            is_packed = bool(settings.get("lm_head"))
+        if isinstance(module, nn.Linear) and is_packed and not any(part in name for part in kept):
+            names |= {f"{name}.qweight", f"{name}.g_idx"}
+    return names
+
+
+def layer_packer(directory: Path, config: Config) -> Callable[[Qwen2VL], None] | None:
+    """Return what packs those layers of a model that the checkpoint has packed, None without any.
+
+    A head among them is not tied, as in `load_weights.resolve_head`.
+    """
+    packing = find_packing(directory)
+    if packing is None:
+        return None
+    names = packed_tensor_names(directory, config)
+    if PACKED_HEAD in names:
+        config.tie_word_embeddings = False
+    return lambda model: pack_linears(model, packing, names)
+
+
 def open_run(arguments: argparse.Namespace, directory: Path, processor: Processor) -> Run:
     """Return the run that the options describe. Raises OSError or ValueError as a real one does."""
     config = load_config(directory)
@@ -271,6 +325,7 @@ def open_run(arguments: argparse.Namespace, directory: Path, processor: Processo
     device = find_device(arguments.device)
     attention = choose_attention(arguments.attention, device, dtype)
     run = Run(config, device, dtype, attention, arguments.quantize, arguments.max_new_tokens)
+    run.pack = layer_packer(directory, config)
     if (directory / "generation_config.json").is_file():
         run.generation_config = read_json(directory, "generation_config.json")
     return run

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import command_line
 from apps.prompt_spans import prompt_text, split_prompt
 from generate import GenerationConfig, choose_generation_config, generate_steps
-from linear import Int4Linear, Int8Linear
+from linear import QuantizedLinear
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
 from tokenizer import Tokenizer
@@ -157,7 +157,8 @@ def format_row(depth: int, label: str, shapes: str, parameters: str, flops: str,
 
 def count_parameters(model: Qwen2VL, calls: list[Call]) -> str:
     """Return the number of parameters of the called modules, as stored."""
-    if calls[0].name == "lm_head" and model.lm_head.weight is model.model.embed_tokens.weight:
+    head_weight = getattr(model.lm_head, "weight", None)  # AWQ and GPTQ have none of that name
+    if calls[0].name == "lm_head" and head_weight is model.model.embed_tokens.weight:
         return "tied"
     return f"{sum(p.numel() for call in calls for p in call.module.parameters()):,}"
 
@@ -178,7 +179,7 @@ def format_pass(model: Qwen2VL, title: str, counted: list[Call], timed: list[Cal
         parameters = count_parameters(model, calls)
         flops = sum(call.cost for call in calls)
         shown_flops = format_count(flops)
-        if flops == 0 and isinstance(first.module, nn.Linear | Int8Linear | Int4Linear):
+        if flops == 0 and isinstance(first.module, nn.Linear | QuantizedLinear):
             shown_flops = "unknown"  # of a kernel that is missing in KERNEL_FLOPS
         ms = f"{1e3 * sum(call.cost for call in timed_calls):.2f}"
         lines.append(format_row(first.depth + 1, label, first.shapes, parameters, shown_flops, ms))

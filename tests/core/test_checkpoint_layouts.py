@@ -319,10 +319,7 @@ def test_find_checkpoint_expands_the_home_directory(published, write, monkeypatc
 
 # ---------------------------------------------------------------------------- what cannot be loaded
 
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
 QUANTIZED = [
-    ({"quantization_config": AWQ | {"modules_to_not_convert": ["visual"]}}, r"AWQ \(4 bits\)"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 8, "sym": True}}, r"GPTQ \(8 bits\)"),
     (
         {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         r"bitsandbytes \(4 bits\)",
@@ -338,7 +335,7 @@ QUANTIZED = [
     ({"quantization_config": {"quant_method": "aqlm"}}, "AQLM"),
     ({"quantization_config": {"quant_method": "new-method"}}, "new-method"),
     ({"quantization": {"group_size": 64, "bits": 4}}, r"MLX \(4 bits\)"),
-    ({"text_config": {"quantization_config": AWQ}}, "AWQ"),
+    ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "HQQ"),
 ]
 
 
@@ -352,8 +349,9 @@ def test_main_refuses_a_quantized_config_by_method(change, method, published, wr
 
 
 def test_check_supported_names_the_full_precision_checkpoint(published, write):
+    hqq = {"quant_method": "hqq", "bits": 4, "group_size": 64}
     for hidden_size, size in ((1536, "2B"), (3584, "7B"), (8192, "72B")):
-        config = published[0] | {"hidden_size": hidden_size, "quantization_config": AWQ}
+        config = published[0] | {"hidden_size": hidden_size, "quantization_config": hqq}
         with pytest.raises(ValueError, match=f"Qwen/Qwen2-VL-{size}-Instruct"):
             check_supported(write(config, {}))
 

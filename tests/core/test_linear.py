@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import types
+import weakref
 
 import helpers
 import pytest
@@ -17,7 +18,7 @@ import generate
 import linear
 from command_line import BUNDLED_CHECKPOINT
 from linear import MANY_ROWS, Int4Linear, Int8Linear, Linear
-from load_weights import load_model, save_model
+from load_weights import load_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
 
@@ -204,7 +205,7 @@ def test_int8_weights_are_within_half_a_step(outputs, inputs, size):
     with torch.no_grad():
         plain.weight *= size
         plain.weight[0] = 0
-    quantized = Int8Linear(plain)
+    quantized = Int8Linear.from_linear(plain)
     assert quantized.weight.dtype == torch.int8
     assert quantized.weight.shape == plain.weight.shape
     step = quantized.scale.float()[:, None]
@@ -217,19 +218,53 @@ def test_int8_weights_are_within_half_a_step(outputs, inputs, size):
 
 
 @given(st.integers(1, 600), st.sampled_from([32, 96]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
-def test_int4_weights_are_within_about_half_a_step(outputs, inputs, size):
+def test_int4_weights_are_within_half_a_step_or_clipped_a_little(outputs, inputs, size):
     plain = make_linear(inputs, outputs, bias=False, seed=outputs)
     with torch.no_grad():
         plain.weight *= size
         plain.weight[0] = size  # a row without a step
-    quantized = Int4Linear(plain)
+    quantized = Int4Linear.from_linear(plain)
     identity = torch.eye(inputs)
     output = quantized(identity).T  # the weights that the kernel uses
     step = quantized.scale[:, :outputs, 0].float().T.repeat_interleave(Int4Linear.GROUP, dim=1)
     assert output.shape == plain.weight.shape
-    # Added to half a step: the offset, 8 steps from 0 or more, is rounded to 8 bits, as is the
-    # output.
-    assert ((output - plain.weight).abs() <= 0.5 * step + plain.weight.abs().max() / 128).all()
+    difference = (output - plain.weight).abs()
+    # Added: the offset, 8 steps from 0 or more, is rounded to 8 bits, as is the output. Weights
+    # that the smaller of two scales clips lie up to 5 % of 15 steps beyond.
+    rounding = plain.weight.abs().max() / 128
+    assert (difference <= 1.3 * step + rounding).all()
+    assert (difference <= 0.5 * step + rounding).float().mean() > 0.85
+
+
+def test_int4_takes_the_better_of_two_scales():
+    rows = torch.randn(64, 128)
+    errors = []
+    for share in (1, Int4Linear.SHRINK):
+        groups = rows.unflatten(1, (-1, Int4Linear.GROUP))
+        errors.append(Int4Linear.quantize_groups(groups, share)[1])
+    assert (errors[0] < errors[1]).any()
+    assert (errors[1] < errors[0]).any()
+    plain = make_linear(128, 64, bias=False)
+    plain.weight.data = rows
+    difference = Int4Linear.from_linear(plain).dequantize(torch.float32) - rows
+    found = difference.unflatten(1, (-1, Int4Linear.GROUP)).square().sum(2)
+    # But for the offset, which the kernel rounds to bfloat16 and a saved file does not.
+    assert (found < 1.05 * torch.minimum(*errors) + 1e-4).all()
+
+
+def test_quantize_linears_releases_each_plain_weight(monkeypatch):
+    model = nn.Sequential(make_linear(32, 16), make_linear(32, 16), make_linear(32, 16))
+    weights = []
+    quantize = Int8Linear.from_linear
+
+    def recorded(layer):
+        assert all(reference() is None for reference in weights), "an earlier layer is alive"
+        weights.append(weakref.ref(layer.weight))
+        return quantize(layer)
+
+    monkeypatch.setattr(Int8Linear, "from_linear", recorded)
+    linear.quantize_linears(model, "int8")
+    assert len(weights) == 3
 
 
 @pytest.mark.parametrize(("kind", "limit"), [(Int8Linear, 0.015), (Int4Linear, 0.12)])
@@ -239,7 +274,7 @@ def test_quantized_linear_is_near_the_plain_one(kind, limit, rows, dtype):
     plain = make_linear(64, 37, dtype=dtype)
     x = torch.randn(*rows, 64).to(dtype)
     with torch.no_grad():
-        output = kind(plain)(x)
+        output = kind.from_linear(plain)(x)
     assert output.dtype == dtype
     assert output.shape == (*rows, 37)
     assert relative_error(output, expected_output(plain, x)) < limit
@@ -248,7 +283,7 @@ def test_quantized_linear_is_near_the_plain_one(kind, limit, rows, dtype):
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 @pytest.mark.parametrize("rows", [3, 40])
 def test_quantized_linear_takes_inputs_that_are_not_contiguous(kind, rows):
-    quantized = kind(make_linear(64, 37, dtype=torch.bfloat16))
+    quantized = kind.from_linear(make_linear(64, 37, dtype=torch.bfloat16))
     x = torch.randn(rows, 5, 64).bfloat16()
     with torch.no_grad():
         assert torch.equal(quantized(x[:, -1:]), quantized(x[:, -1:].contiguous()))
@@ -274,7 +309,7 @@ def test_has_fast_half_matmul_needs_instructions_for_bfloat16(
 
 @pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
 def test_quantized_linear_gives_the_same_for_few_rows_and_many(kind):
-    quantized = kind(make_linear(64, 37, dtype=torch.bfloat16))
+    quantized = kind.from_linear(make_linear(64, 37, dtype=torch.bfloat16))
     x = torch.randn(40, 64).bfloat16()
     with torch.no_grad():
         one_by_one = torch.cat([quantized(row[None]) for row in x])
@@ -283,7 +318,7 @@ def test_quantized_linear_gives_the_same_for_few_rows_and_many(kind):
 
 def test_int4_names_a_width_without_whole_groups():
     with pytest.raises(ValueError, match=r"whole groups of 32 inputs.*48"):
-        Int4Linear(make_linear(48, 32))
+        Int4Linear.from_linear(make_linear(48, 32))
 
 
 # ------------------------------------------------------------------------------------- whole models
@@ -337,12 +372,6 @@ def test_load_model_quantizes_decoder_and_head_but_not_the_vision_encoder(quanti
 def test_load_model_refuses_an_unknown_quantization():
     with pytest.raises(ValueError, match="quantize is 'int3', expected 'int8', 'int4' or None"):
         load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int3")
-
-
-def test_save_model_refuses_a_quantized_model(tmp_path):
-    with pytest.raises(ValueError, match="a quantized model cannot be saved"):
-        save_model(load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int8"), tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
