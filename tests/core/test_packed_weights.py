@@ -29,7 +29,7 @@ import generate
 import linear
 import packed_weights
 from apps import estimate
-from linear import Int4Linear, Int8Linear, PackedLinear
+from linear import GroupedInt8Linear, Int4Linear, Int8Linear, PackedLinear
 from load_weights import load_model, save_model
 
 VARIANTS = {
@@ -49,6 +49,7 @@ VARIANTS = {
     "GPTQ, scales in bfloat16": Variant(scale_dtype=torch.bfloat16),
     "GPTQ, scales in float32": Variant(scale_dtype=torch.float32),
     "GPTQ 8 bits": Variant(bits=8),
+    "GPTQ 8 bits, symmetric": Variant(bits=8, group_size=64, symmetric=True),
     "GPTQ 8 bits, one symmetric group": Variant(bits=8, group_size=-1, symmetric=True),
     "GPTQ 8 bits, one group": Variant(bits=8, group_size=-1, version="gptq_v2"),
     "GPTQ 8 bits, act-order": Variant(bits=8, act_order=True, symmetric=True),
@@ -149,6 +150,8 @@ KERNELS = {
     "GPTQ, quantized head": Int4Linear,
     "GPTQ, scales in float32": Int4Linear,
     "GPTQ 8 bits": PackedLinear,
+    "GPTQ 8 bits, symmetric": GroupedInt8Linear,
+    "GPTQ 8 bits, act-order": GroupedInt8Linear,
     "GPTQ 8 bits, one symmetric group": Int8Linear,
     "GPTQ 8 bits, one group": PackedLinear,
 }
@@ -342,7 +345,13 @@ def test_main_refuses_widths_that_do_not_fill_int32(tmp_path, capsys):
 
 
 # -------------------------------------------------------------------------------------- saving them
-SAVED = ["AWQ", "AWQ, groups of 16", "GPTQ, act-order", "GPTQ 8 bits, one symmetric group"]
+SAVED = [
+    "AWQ",
+    "AWQ, groups of 16",
+    "GPTQ, act-order",
+    "GPTQ 8 bits, act-order",
+    "GPTQ 8 bits, one symmetric group",
+]
 
 
 @pytest.mark.parametrize("name", SAVED)
