@@ -17,6 +17,8 @@ import torch
 
 import generate
 from apps.estimate import Run, weights_size
+from load_weights import pack_linears
+from packed_weights import Packing
 from qwen2vl import Config, KVCache, VisionConfig
 
 pytestmark = pytest.mark.slow  # it trains, or starts many processes
@@ -168,12 +170,21 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+def pack_awq(model):
+    """Pack the decoder's layers as the published AWQ checkpoints do."""
+    packing = Packing("AWQ", bits=4, group_size=128)
+    names = {f"model.{name}.qweight" for name, _ in model.model.named_modules()}
+    pack_linears(model, packing, names)
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_readme_gives_the_memory_of_published_checkpoints(size):
     held = []
     for quantize in (None, "int8", "int4"):
         run = Run(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, quantize=quantize)
         held.append(weights_size(run).bytes / 1e9)
+    run = Run.from_config(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, pack=pack_awq)
+    held.append(weights_size(run).bytes / 1e9)
     with torch.device("meta"):
         cache = KVCache(PUBLISHED[size], batch_size=1, max_length=1000, dtype=torch.bfloat16)
     room = cache.keys.nbytes + cache.values.nbytes
