@@ -330,7 +330,7 @@ class Int4Linear(QuantizedLinear):
 
     GROUP = 32  # of those that are quantized here
     GROUPS = (32, 64, 128, 256)  # that the kernel has
-    SHRINK = 0.95
+    SHRINK = 0.95  # of the range of a group, for the second of two scales
 
     def __init__(
         self,
