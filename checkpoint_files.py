@@ -189,6 +189,8 @@ def first_few(names: list[str], limit: int = 3) -> str:
 # ---------------------------------------------------------------- checkpoints that cannot be loaded
 # Methods by their `quant_method` in config.json; others are named as they are there.
 METHODS = {
+    "awq": "AWQ",
+    "gptq": "GPTQ",
     "fp8": "FP8",
     "fbgemm_fp8": "FBGEMM FP8",
     "hqq": "HQQ",
