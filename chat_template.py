@@ -6,13 +6,14 @@ Source: transformers 5.23.0, `utils/chat_template_utils.py`.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from errors import first_line
-from json_files import read_optional_json, read_text
+from json_files import has_file, read_optional_json, read_text
 
 # sha256 of the templates that `render_published_template` implements: the published one, and the
 # one in the bundled model's directory, which renders the same without a literal line break.
@@ -22,9 +23,13 @@ BUILT_IN_TEMPLATES = (
 )
 
 # A template may repeat anything any number of times. The prompt that it renders is bounded, and so
-# is the sum of the lengths of all `range(...)` that it loops over.
+# is the sum of the lengths of all `range(...)` that it loops over, and what `*` and `**` may make.
+# (A template can still fill memory by other means, such as wide formats. The reference has no
+# bounds.)
 MAX_PROMPT_CHARACTERS = 2**26
 MAX_RANGE_STEPS = 1_000_000
+MAX_PRODUCT = 2**20  # of two numbers, or of the length of a text or list and a number
+MAX_TEMPLATE_BYTES = 2**20  # 50 times the longest known one; Jinja compiles it to Python
 
 
 def is_built_in_template(text: str) -> bool:
@@ -82,6 +87,21 @@ class _BoundedRange:
         return steps
 
 
+def _bounded_product(left: Any, right: Any) -> Any:
+    """Return left * right; raise OverflowError beyond MAX_PRODUCT."""
+    sizes = [len(value) if hasattr(value, "__len__") else abs(value) for value in (left, right)]
+    if sizes[0] * sizes[1] > MAX_PRODUCT:
+        raise OverflowError(f"a product exceeds {MAX_PRODUCT:,}")
+    return left * right
+
+
+def _bounded_power(left: Any, right: Any) -> Any:
+    """Return left ** right; raise OverflowError beyond MAX_PRODUCT."""
+    if abs(right) * math.log2(abs(left) + 1) > math.log2(MAX_PRODUCT) + 1:
+        raise OverflowError(f"a power exceeds {MAX_PRODUCT:,}")
+    return left**right
+
+
 class ChatTemplate:
     """A checkpoint's own chat template in Jinja, rendered as in transformers 5.23.0.
 
@@ -93,6 +113,7 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         try:
+            text.encode()  # a lone surrogate could not be encoded as tokens
             self._compiled = _jinja_environment().from_string(text)
         except Exception as error:  # Jinja compiles to Python: more than TemplateError can arise
             raise self._error("cannot be used", error) from error
@@ -177,7 +198,15 @@ def _jinja_environment() -> Any:
             sort_keys=sort_keys,
         )
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """A sandbox in which the operators that make large values are bounded."""
+
+        intercepted_binops = frozenset(("*", "**"))
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            return _bounded_product(left, right) if operator == "*" else _bounded_power(left, right)
+
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = tojson
@@ -218,8 +247,8 @@ def find_chat_template(folder: Path, config: dict) -> tuple[str, str] | None:
         if text is not None:
             return text, str(path)
     for path in (folder / "chat_template.jinja", folder / "chat_templates" / "default.jinja"):
-        if path.is_file():
-            return read_text(path), str(path)
+        if has_file(path):
+            return read_text(path, MAX_TEMPLATE_BYTES), str(path)
     source = str(folder / "tokenizer_config.json")
     text = _default_template(config.get("chat_template"), source)
     return None if text is None else (text, source)

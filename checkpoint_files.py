@@ -18,12 +18,13 @@ import torch
 from safetensors import safe_open
 
 import hub
-from errors import first_line
-from json_files import read_json
+from errors import first_line, printable
+from json_files import LFS_POINTER, has_file, read_json
 from packed_weights import Packing, parse_packing
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_NAME = r"[^/\\\x00-\x1f]+\.safetensors"  # in the directory of the index, and printable
 
 
 def find_checkpoint(name_or_folder: str | Path, weights: bool = True) -> Path:
@@ -65,16 +66,16 @@ def weight_files(folder: Path) -> list[Path]:
     Raises FileNotFoundError for files that are missing, ValueError for an index that is damaged.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS).is_file():
-        if (folder / INDEX).is_file():
+    if has_file(folder / WEIGHTS):
+        if has_file(folder / INDEX):
             warnings.warn(
                 f"{folder} holds both {WEIGHTS} and {INDEX}: {WEIGHTS} is used", stacklevel=2
             )
         return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
+    if not has_file(folder / INDEX):
         raise FileNotFoundError(explain_no_weights(folder))
     names = shard_names(folder)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not has_file(folder / name)]
     if missing:
         raise FileNotFoundError(f"{folder} lacks {first_few(missing)}, named by {INDEX}")
     return [folder / name for name in names]
@@ -90,8 +91,7 @@ def shard_names(folder: Path) -> list[str]:
             f"got {reprlib.repr(weight_map)}"
         )
     for name in weight_map.values():
-        is_file_name = isinstance(name, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", name)
-        if not is_file_name:
+        if not isinstance(name, str) or not re.fullmatch(SHARD_NAME, name):
             raise ValueError(
                 f"{path}: weight_map: expected names of safetensors files in the same directory, "
                 f"got {reprlib.repr(name)}"
@@ -135,7 +135,7 @@ def open_shard(path: Path) -> safe_open:
     """
     with naming(path), open(path, "rb") as file:
         start = file.read(32)
-    if start.startswith(b"version https://git-lfs"):
+    if start.startswith(LFS_POINTER.encode()):
         raise ValueError(
             f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
         )
@@ -182,7 +182,7 @@ def parameter_name(name: str) -> str:
 
 def first_few(names: list[str], limit: int = 3) -> str:
     """Return the first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
+    shown = ", ".join(printable(name) for name in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
@@ -236,8 +236,8 @@ def check_supported(folder: str | Path) -> None:
     the readers of its files say what is missing.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+    if not has_file(folder / "config.json"):
+        if has_file(folder / "adapter_config.json"):
             raise ValueError(adapter_refusal(folder))
         if any(folder.glob("*.gguf")):
             raise ValueError(gguf_refusal(folder))

@@ -26,8 +26,9 @@ import torch
 
 import linear
 from adapters import find_adapters
+from checkpoint_checks import check_eos_token_ids
 from checkpoint_files import check_supported, find_checkpoint
-from load_weights import load_model
+from load_weights import load_model, read_config
 from media import DEFAULT_LIMITS, MediaLimits
 from preprocess import Batch, Processor, holds_image_settings
 from qwen2vl import Qwen2VL
@@ -160,6 +161,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=("int8", "int4"),
         help="bits of the decoder's weights, where the checkpoint's are not quantized yet",
+    )
+    parser.add_argument(
+        "--check-weights",
+        action="store_true",
+        help="read all weights first, and name those that are NaN, infinite or zeros alone",
     )
     parser.add_argument(
         "--attention",
@@ -387,22 +393,41 @@ def load_processor(arguments: argparse.Namespace, weights: bool = True) -> tuple
     name = arguments.model or BUNDLED_CHECKPOINT
     directory, arguments.adapter = find_adapters(name, arguments.adapter, weights)
     check_supported(directory)  # first: what is wrong is the checkpoint, not a file that it lacks
-    bounds = (arguments.min_pixels, arguments.max_pixels, media_limits(arguments))
+    limits = (arguments.min_pixels, arguments.max_pixels, media_limits(arguments))
+    source = directory
+    tokenizer_source = None
     if arguments.processor is not None:
         source = find_checkpoint(arguments.processor, weights=False)
-        return directory, Processor.from_pretrained(source, *bounds)
-    tokenizer_directory = directory
-    image_directory = directory
-    for adapter in arguments.adapter:
-        if holds_tokenizer(adapter):
-            tokenizer_directory = adapter
-        if holds_image_settings(adapter):
-            image_directory = adapter
+    else:
+        for adapter in arguments.adapter:
+            if holds_tokenizer(adapter):
+                tokenizer_source = adapter
+            if holds_image_settings(adapter):
+                source = adapter
+        tokenizer_source = tokenizer_source or directory
     try:
-        return directory, Processor.from_pretrained(image_directory, *bounds, tokenizer_directory)
+        processor = Processor.from_pretrained(source, *limits, tokenizer_source)
     except FileNotFoundError as error:
+        if arguments.processor is not None:
+            raise
         hint = "if it was published without, name a checkpoint that has it with --processor"
         raise FileNotFoundError(f"{error} ({hint})") from error
+    check_processor(processor, source, directory)
+    return directory, processor
+
+
+def check_processor(processor: Processor, source: Path, directory: Path) -> None:
+    """Raise ValueError if the processor in `source` contradicts config.json in `directory`.
+
+    Before any image is read, as sizes that are wrong can take any amount of memory.
+    """
+    config, _ = read_config(directory)  # warnings about it come when the model is loaded
+    try:
+        processor.check_model(config)
+    except ValueError as error:
+        raise ValueError(
+            f"the processor in {source} does not fit {directory / 'config.json'}: {error}"
+        ) from error
 
 
 def load_checkpoint(
@@ -420,10 +445,25 @@ def load_checkpoint(
         arguments.attention,
         arguments.quantize,
         arguments.adapter,
+        arguments.check_weights,
     )
-    processor.check_model(model.config)
+    check_vocabulary(processor, model, directory)
     logger.info(describe_model(arguments, model, time.perf_counter() - start))
     return model
+
+
+def check_vocabulary(processor: Processor, model: Qwen2VL, directory: Path) -> None:
+    """Raise ValueError if the tokenizer or eos_token_id has ids that the model has no row for."""
+    config = model.config
+    if model.generation_config.get("eos_token_id") is None:  # else it was checked when it was read
+        path = directory / "config.json"
+        check_eos_token_ids({"eos_token_id": config.eos_token_id}, config.vocab_size, path)
+    largest_id = processor.tokenizer.largest_id
+    if largest_id >= config.vocab_size:
+        raise ValueError(
+            f"{directory / 'config.json'}: vocab_size: expected more than {largest_id}, the "
+            f"largest id in the tokenizer files, got {config.vocab_size}"
+        )
 
 
 # ------------------------------------------------------------------------------------- status lines

@@ -1,10 +1,12 @@
 """One line about an exception of a foreign library, for a sentence that names its source."""
 
+import reprlib
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type if it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def one_line(text: object) -> str:
@@ -18,3 +20,10 @@ def error_reason(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError | SyntaxError) and text:
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def printable(name: str) -> str:
+    """Return a name of a file's for a message: in quotes and shortened where it is not ordinary."""
+    if len(name) <= 200 and name.isprintable():
+        return name
+    return reprlib.repr(name)

@@ -16,11 +16,12 @@ import contextlib
 import itertools
 import logging
 import math
+import reprlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,17 @@ from torch import Tensor
 
 import command_line
 import cuda_graph
+from config_fields import (
+    Count,
+    Positive,
+    Probability,
+    Share,
+    Texts,
+    check_field,
+    check_fields,
+    is_integer,
+    is_size,
+)
 from debug_nan import NotFiniteError, watch_modules
 from preprocess import Batch
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
@@ -35,7 +47,10 @@ from tokenizer import StreamDecoder, Tokenizer
 
 logger = logging.getLogger("qwen2vl")
 
+Seed = int  # of 63 bits
+
 DEFAULT_NEW_TOKENS = 128  # where neither the caller nor generation_config.json gives a number
+MAX_LENGTH = 2**62  # of a sequence, where a scaled RoPE has a factor that is very large
 INITIAL_CAPACITY = 1024  # new tokens that a cache has memory for at first; it grows as needed
 
 
@@ -44,33 +59,6 @@ SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
 
 # ----------------------------------------------------------------------------------------- sampling
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether value is a finite int or float; a bool is neither."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return isinstance(value, int) or math.isfinite(value)
-
-
-def sampling_problem(name: str, value: object) -> str | None:
-    """Return what is wrong with the value of a sampling field, or None."""
-    if name in ("temperature", "repetition_penalty"):
-        valid = is_number(value) and value > 0
-        expected = "a number above 0"
-    elif name == "top_k":
-        valid = is_number(value) and isinstance(value, int) and value >= 0
-        expected = "0 (off) or more"
-    elif name == "min_p":
-        valid = is_number(value) and 0 <= value <= 1
-        expected = "0 (off) to 1"
-    elif name == "stop_strings":
-        valid = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-        expected = "a list of non-empty strings"
-    else:
-        valid = is_number(value) and 0 < value <= 1
-        expected = "above 0 and at most 1"
-    return None if valid else f"{name} is {value!r}, expected {expected}"
-
-
 @dataclass
 class GenerationConfig:
     """How the next token is chosen: the fields of generation_config.json, neutral by default.
@@ -79,25 +67,23 @@ class GenerationConfig:
     """
 
     do_sample: bool = False  # False: always the most probable token
-    temperature: float = 1.0  # divides the logits: below 1 sharper, above 1 flatter
-    top_k: int = 0  # keep only the k most probable tokens; 0 keeps all
-    top_p: float = 1.0  # keep the most probable tokens that together reach this probability
-    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer become less probable
+    temperature: Positive = 1.0  # divides the logits: below 1 sharper, above 1 flatter
+    top_k: Count = 0  # keep only the k most probable tokens; 0 keeps all
+    top_p: Share = 1.0  # keep the most probable tokens that together reach this probability
+    repetition_penalty: Positive = 1.0  # above 1: tokens of prompt and answer become less probable
     # Of the first sequence, counting up for the next ones; a list: of each; None: random.
-    seed: int | list[int] | None = None
-    min_p: float = 0.0  # keep tokens of at least so much of the most probable one's probability
+    seed: Seed | list[Seed] | None = None
+    # Keep tokens of at least so much of the most probable one's probability; 0 keeps all.
+    min_p: Probability = 0.0
     # An answer ends before any of these, see `StreamDecoder`.
-    stop_strings: list[str] = field(default_factory=list)
+    stop_strings: Texts = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
             self.stop_strings = [self.stop_strings]
         elif isinstance(self.stop_strings, tuple):
             self.stop_strings = list(self.stop_strings)
-        for name in (*SAMPLING_FIELDS, "repetition_penalty", "stop_strings"):
-            problem = sampling_problem(name, getattr(self, name))
-            if problem:
-                raise ValueError(problem)
+        check_fields(self)
         seeds = self.seed if isinstance(self.seed, list) else [self.seed]
         for seed in seeds:
             if seed is not None and not 0 <= seed < 2**63:
@@ -112,27 +98,32 @@ class GenerationConfig:
         """
         recommended = model.generation_config
         do_sample = options.get("do_sample", recommended.get("do_sample"))
-        if do_sample is not None and not isinstance(do_sample, bool):
-            raise ValueError(
-                f"generation_config.json: do_sample is {do_sample!r}, expected true or false; "
-                "--temperature replaces it"
-            )
+        if do_sample is None:
+            do_sample = False
+        cls.check_recommended("do_sample", do_sample)
         used = ["repetition_penalty", "stop_strings"]
         if do_sample:
             used += SAMPLING_FIELDS
-        values: dict[str, Any] = {"do_sample": bool(do_sample)}
+        values: dict[str, Any] = {"do_sample": do_sample}
         for name in used:
             value = recommended.get(name)
             if name in options or value is None:
                 continue
             if name == "stop_strings" and isinstance(value, str):
                 value = [value]
-            problem = sampling_problem(name, value)
-            if problem:
-                option = "--stop" if name == "stop_strings" else "--" + name.replace("_", "-")
-                raise ValueError(f"generation_config.json: {problem}; {option} replaces it")
+            cls.check_recommended(name, value)
             values[name] = value
         return cls(**(values | options))
+
+    @classmethod
+    def check_recommended(cls, name: str, value: object) -> None:
+        """Raise ValueError for a value of generation_config.json; it names what replaces it."""
+        options = {"do_sample": "temperature", "stop_strings": "stop"}
+        option = options.get(name, name.replace("_", "-"))
+        try:
+            check_field(cls, name, value)
+        except ValueError as error:
+            raise ValueError(f"generation_config.json: {error}; --{option} replaces it") from error
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -237,8 +228,10 @@ def as_ids(name: str, value: object) -> list[int]:
     for id in values:
         if id is None:
             continue
-        if isinstance(id, bool) or not isinstance(id, int):
-            raise ValueError(f"generation_config.json: {name} is {value!r}, expected token ids")
+        if not is_integer(id):
+            raise ValueError(
+                f"generation_config.json: {name}: expected token ids, got {reprlib.repr(value)}"
+            )
         ids.append(id)
     return ids
 
@@ -276,10 +269,10 @@ def new_token_limit(settings: dict, prompt_length: int, max_new_tokens: int | No
         value = settings.get(name)
         if value is None:
             continue
-        if not is_number(value) or not isinstance(value, int) or value < 1:
+        if not is_size(value):
             raise ValueError(
-                f"generation_config.json: {name} is {value!r}, expected 1 or more; "
-                "--max-new-tokens replaces it"
+                f"generation_config.json: {name}: expected a positive integer, got "
+                f"{reprlib.repr(value)}; --max-new-tokens replaces it"
             )
         if name == "max_new_tokens":
             return value
@@ -471,12 +464,22 @@ def new_cache(model: Qwen2VL, batch_size: int, length: int, new_tokens: int) -> 
 
 
 def check_finite(logits: Tensor, rows: set[int]) -> None:
-    """Raise NotFiniteError if the logits [B, V] of one of the rows hold NaN or infinity."""
-    finite = logits.isfinite().all(-1).tolist()
-    if all(finite[row] for row in rows):
+    """Raise NotFiniteError if the logits [B, V] of one of the rows hold NaN or infinity.
+
+    Raises ValueError if they are all equal: then the first token of the vocabulary, "!", would win
+    each time. Weights of zeros, which a download that broke off may leave, compute such logits.
+    """
+    least, greatest = logits.aminmax(dim=-1)  # NaN where one of the logits is NaN
+    bounds = torch.stack((least, greatest), dim=-1).tolist()  # [B, 2]
+    if all(math.isfinite(bound) for row in rows for bound in bounds[row]):
+        if logits.shape[-1] > 1 and any(bounds[row][0] == bounds[row][1] for row in rows):
+            raise ValueError(
+                "the scores of all tokens are equal: the weights are damaged; --check-weights "
+                "names them"
+            )
         return
     dtype = str(logits.dtype).removeprefix("torch.")
-    advice = "the weights or the inputs are damaged"
+    advice = "the weights or the inputs are damaged, --check-weights tests the weights"
     if logits.dtype in (torch.float16, torch.bfloat16):
         advice = "try --dtype float32"
     if logits.dtype == torch.float16:
@@ -492,9 +495,9 @@ def trained_length(config: Config) -> int:
     length = config.max_position_embeddings
     factor = config.rope_scaling.get("factor")
     original = config.rope_scaling.get("original_max_position_embeddings") or length
-    if not is_number(factor) or not is_number(original):
+    if config.rope_type == "default" or factor is None:
         return length
-    return max(length, int(original * factor))
+    return max(length, int(min(original * factor, MAX_LENGTH)))
 
 
 def warn_beyond_training(model: Qwen2VL, before: int, after: int) -> None:

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 import linear
 from adapters import Update, apply_adapters, check_base, find_adapters, merge_updates
+from checkpoint_checks import check_stored_layers, check_weights_finite, read_generation_config
 from checkpoint_files import (
     WEIGHTS,
     StoredTensor,
@@ -40,7 +41,7 @@ from checkpoint_files import (
     weight_files,
 )
 from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
-from errors import first_line
+from errors import first_line, printable
 from json_files import read_json
 from packed_weights import Grouping, Packing, gptq_config, pack_gptq
 from qwen2vl import Config, Qwen2VL, VisionConfig
@@ -48,6 +49,7 @@ from qwen2vl import Config, Qwen2VL, VisionConfig
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 PACKED_HEAD = "lm_head.qweight"
+MAX_WARNINGS = 5  # about unknown fields of one file
 
 
 # -------------------------------------------------------------------------------------- config.json
@@ -62,13 +64,25 @@ OTHER_FIELDS = {
 
 
 def load_config(folder: str | Path) -> Config:
-    """Return the configuration in config.json, from any of its three layouts.
+    """Return the configuration that `read_config` reads, and warn of each unknown field."""
+    config, unknown = read_config(folder)
+    path = Path(folder) / "config.json"
+    for name in unknown[:MAX_WARNINGS]:
+        warnings.warn(f"{path} holds an unknown field: {printable(name)}", stacklevel=2)
+    if len(unknown) > MAX_WARNINGS:
+        warnings.warn(
+            f"{path} holds {len(unknown) - MAX_WARNINGS} more unknown fields", stacklevel=2
+        )
+    return config
+
+
+def read_config(folder: str | Path) -> tuple[Config, list[str]]:
+    """Return the configuration in config.json, from any of its three layouts, and unknown fields.
 
     Flat (the hub): the decoder's fields are at the top level. Flat with a `text_config`
     (transformers 4.57): some fields appear twice, and `text_config` wins. Nested (5.x): the
     decoder's fields are in `text_config` alone, and RoPE in `rope_parameters`. A flag for tied
     embeddings counts in either place.
-    Warns of each unknown field.
     Raises FileNotFoundError or ValueError that name the file and the field.
     """
     folder = Path(folder)
@@ -92,9 +106,7 @@ def load_config(folder: str | Path) -> Config:
         *unknown_fields(Config, text, "text_config."),
         *unknown_fields(VisionConfig, vision, "vision_config."),
     ]
-    for name in unknown:
-        warnings.warn(f"{path} holds an unknown field: {name}", stacklevel=2)
-    return config
+    return config, unknown
 
 
 def section(raw_config: dict, name: str) -> dict:
@@ -266,9 +278,11 @@ def described(folder: Path) -> str:
     A reward model has another, for example.
     """
     architectures = read_json(folder, "config.json").get("architectures")
-    if not architectures or "Qwen2VLForConditionalGeneration" in architectures:
+    if not architectures or architectures == ["Qwen2VLForConditionalGeneration"]:
         return "Qwen2-VL"
-    return f"Qwen2-VL (architectures is {architectures!s:.80})"
+    if isinstance(architectures, list):
+        return f"Qwen2-VL (architectures is {first_few([str(name) for name in architectures])})"
+    return f"Qwen2-VL (architectures is {reprlib.repr(architectures)})"
 
 
 def check_tensors(
@@ -420,6 +434,7 @@ def load_model(
     attn_implementation: str = "auto",
     quantize: str | None = None,
     adapters: Sequence[str | Path] = (),
+    check_weights: bool = False,
 ) -> Qwen2VL:
     """Return the checkpoint as a model in eval mode.
 
@@ -431,6 +446,7 @@ def load_model(
     quantize: "int8" or "int4" keeps the decoder's weight matrices in that many bits; those that
     the checkpoint has quantized stay as they are.
     adapters: directories or hub names of LoRA adapters, which are merged into the weights in order.
+    check_weights: read all of them, and name those that are damaged (`check_weights_finite`).
     Raises OSError or ValueError: one sentence that names the file, tensor
     or field that cannot be loaded.
     """
@@ -442,6 +458,7 @@ def load_model(
     paths = weight_files(folder)
     dtype = dtype or checkpoint_dtype(folder)
     attn_implementation = choose_attention(attn_implementation, device, dtype)
+    check_stored_layers(folder, config, paths)  # before the time that a model of them takes
     model = empty_model(config, attn_implementation)
     names = {name for name, _ in model.named_parameters()}
     stored = list_tensors(paths, names | {HEAD})
@@ -463,12 +480,13 @@ def load_model(
         name: load_parameter(name, tensor, updates.get(name, []), device, dtype)
         for name, tensor in stored.items()
     }
+    if check_weights:
+        check_weights_finite(folder, state)
     if config.tie_word_embeddings:
         state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # assigning has made two parameters of the one tensor
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = read_json(folder, "generation_config.json")
+    model.generation_config = read_generation_config(folder, config.vocab_size)
     if device.type == "cpu":
         state.clear()  # so that each layer's packed tensors are released as it is converted
         linear.use_kernels(model, dtype)

@@ -12,20 +12,31 @@ Letters in the shape comments:
     tp, p frames and side of one patch; m the merge size
 """
 
+from __future__ import annotations
+
 import math
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 import video
+from config_fields import (
+    Channels,
+    Pixels,
+    Positive,
+    PositiveChannels,
+    Size,
+    check_fields,
+    field_problem,
+)
 from conversations import SOURCE_KEYS, content_kind, item_source, read_conversation
-from json_files import read_json, read_optional_json
+from json_files import has_file, read_json, read_optional_json
 from media import DEFAULT_LIMITS, MediaLimits, load_image, open_media, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer
 from video_decode import UnreliableIndex
@@ -55,23 +66,29 @@ class ImageConfig:
     do_convert_rgb: bool = True
     do_resize: bool = True
     resample: int = Image.Resampling.BICUBIC
-    min_pixels: int = 56 * 56  # bounds of height × width after resizing
-    max_pixels: int = 28 * 28 * 1280
+    min_pixels: Pixels = 56 * 56  # bounds of height × width after resizing
+    max_pixels: Pixels = 28 * 28 * 1280
     do_rescale: bool = True
-    rescale_factor: float = 1 / 255
+    rescale_factor: Positive = 1 / 255
     do_normalize: bool = True
-    image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB
-    image_std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711)
-    patch_size: int = 14
-    temporal_patch_size: int = 2  # a patch spans two frames; a still image is repeated
-    merge_size: int = 2  # 2×2 patches become one token
+    image_mean: Channels = (0.48145466, 0.4578275, 0.40821073)  # CLIP's training images, RGB
+    image_std: PositiveChannels = (0.26862954, 0.26130258, 0.27577711)
+    patch_size: Size = 14
+    temporal_patch_size: Size = 2  # a patch spans two frames; a still image is repeated
+    merge_size: Size = 2  # 2×2 patches become one token
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            check_setting(setting.name, setting.type, getattr(self, setting.name))
+        check_fields(self)
+        if self.resample not in list(Image.Resampling):
+            raise ValueError(f"resample: expected a filter of Pillow, 0 to 5, got {self.resample}")
         if self.min_pixels > self.max_pixels:
             raise ValueError(
-                f"min_pixels {self.min_pixels} is more than max_pixels {self.max_pixels}"
+                f"min_pixels: expected at most max_pixels {self.max_pixels}, got {self.min_pixels}"
+            )
+        if self.factor**2 > MAX_RESIZED_PIXELS:
+            raise ValueError(
+                f"patch_size: expected at most {MAX_RESIZED_PIXELS} pixels in a token, got "
+                f"({self.patch_size} · merge_size {self.merge_size})²"
             )
 
     @property
@@ -80,7 +97,7 @@ class ImageConfig:
         return self.patch_size * self.merge_size
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ImageConfig":
+    def from_pretrained(cls, folder: str | Path) -> ImageConfig:
         """Read `preprocessor_config.json`, or `processor_config.json` where transformers 5 has
         written that.
 
@@ -90,7 +107,7 @@ class ImageConfig:
         """
         path = Path(folder) / "processor_config.json"
         settings = None
-        if path.is_file():
+        if has_file(path):
             settings = read_json(folder, path.name).get("image_processor")
         if not settings:
             path = Path(folder) / "preprocessor_config.json"
@@ -101,15 +118,15 @@ class ImageConfig:
             raise ValueError(f"{path}: {error}") from error
 
     @classmethod
-    def from_settings(cls, settings: dict, folder: str | Path) -> "ImageConfig":
+    def from_settings(cls, settings: dict, folder: str | Path) -> ImageConfig:
         """Read the settings of one file, already parsed. `folder` is what a warning names."""
         if not isinstance(settings, dict):
-            raise ValueError(f"image_processor is {settings!r:.80}, expected an object")
+            raise ValueError(f"image_processor: expected an object, got {reprlib.repr(settings)}")
         given = {name: value for name, value in settings.items() if value is not None}
         if "size" in given:
             given = pixel_bounds(given.pop("size")) | given  # a bound of its own comes first
             if "min_pixels" not in given or "max_pixels" not in given:
-                raise ValueError("size lacks a bound, expected shortest_edge and longest_edge")
+                raise ValueError("size: expected shortest_edge and longest_edge, got one of them")
         known = {setting.name for setting in fields(cls)}
         for name in sorted(given.keys() - known - INERT_FIELDS):
             if given[name] is not False:
@@ -130,10 +147,10 @@ def pixel_bounds(size: Any) -> dict:
     """Return min_pixels and max_pixels of the `size` of a preprocessor_config.json."""
     expected = "expected shortest_edge and longest_edge, two counts of pixels"
     if not isinstance(size, dict):
-        raise ValueError(f"size is {size!r:.80}, {expected}")
+        raise ValueError(f"size: {expected}, got {reprlib.repr(size)}")
     unknown = sorted(size.keys() - SIZE_FIELDS.keys())
     if unknown:
-        raise ValueError(f"size holds {', '.join(unknown)}, {expected}")
+        raise ValueError(f"size: {expected}, got {reprlib.repr(unknown)}")
     return {SIZE_FIELDS[name]: value for name, value in size.items() if value is not None}
 
 
@@ -142,47 +159,6 @@ def whole(value: Any) -> Any:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def check_setting(name: str, kind: object, value: Any) -> None:
-    """Raise ValueError if an image setting is not of its kind: a flag, a count, a factor or one
-    number a channel.
-    """
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r:.80}, expected true or false")
-    elif name == "resample":
-        if not is_integer(value) or value not in list(Image.Resampling):
-            raise ValueError(f"resample is {value!r:.80}, expected a filter of Pillow, 0 to 5")
-    elif kind is int:
-        if not is_integer(value) or value < 1:
-            raise ValueError(f"{name} is {value!r:.80}, expected an integer of at least 1")
-    elif kind is float:
-        if not is_number(value) or value <= 0:
-            raise ValueError(f"{name} is {value!r:.80}, expected a number above 0")
-    else:
-        check_channels(name, value)
-
-
-def check_channels(name: str, value: Any) -> None:
-    """Raise ValueError if image_mean or image_std is neither a number nor three numbers."""
-    values = [value] * 3 if is_number(value) else value
-    if not isinstance(values, list | tuple | np.ndarray) or len(values) != 3:
-        raise ValueError(f"{name} is {value!r:.80}, expected three numbers, for R, G and B")
-    if not all(is_number(number) for number in values):
-        raise ValueError(f"{name} is {value!r:.80}, expected three numbers, for R, G and B")
-    if name == "image_std" and not all(number > 0 for number in values):
-        raise ValueError(f"image_std is {value!r:.80}, expected numbers above 0")
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether a value is a finite number and no flag."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_integer(value: object) -> TypeGuard[int]:
-    """Return whether a value is an integer and no flag."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def smart_resize(
@@ -544,7 +520,7 @@ class Processor:
         max_pixels: int | None = None,
         limits: MediaLimits = DEFAULT_LIMITS,
         tokenizer_folder: str | Path | None = None,
-    ) -> "Processor":
+    ) -> Processor:
         """Read tokenizer and image settings of a checkpoint directory.
 
         Bounds given here replace the directory's for images, and the usual ones for the frames of a
@@ -576,6 +552,13 @@ class Processor:
         check_equal("patch_size", images.patch_size, vision.patch_size)
         check_equal("merge_size", images.merge_size, vision.spatial_merge_size)
         check_equal("temporal_patch_size", images.temporal_patch_size, vision.temporal_patch_size)
+        check_equal("the number of channels", 3, vision.in_channels)
+        tokens = images.min_pixels // images.factor**2
+        if tokens > config.max_position_embeddings:
+            raise ValueError(
+                f"min_pixels {images.min_pixels} makes {tokens} tokens of each image, expected at "
+                f"most max_position_embeddings {config.max_position_embeddings}"
+            )
 
     def __call__(
         self,
@@ -663,8 +646,9 @@ class Processor:
         """Read one image; `options` are those of its item."""
         options = {name: whole(value) for name, value in options.items()}
         for name in ("min_pixels", "max_pixels", "resized_height", "resized_width"):
-            if name in options:
-                check_setting(name, int, options[name])
+            problem = field_problem("Pixels | None", options.get(name))
+            if problem is not None:
+                raise ValueError(f"{name}: {problem}")
         bounds = {name: options[name] for name in ("min_pixels", "max_pixels") if name in options}
         config = replace(self.image_config, **bounds)
         image = load_image(source, self.limits)

@@ -17,6 +17,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +25,14 @@ import tokenizers
 
 from chat_template import ChatTemplate, find_chat_template, is_built_in_template
 from conversations import content_items, content_kind
-from json_files import read_optional_json
-from tokenizer_files import END_OF_TEXT, AddedToken, load_backend, read_special_tokens
+from json_files import has_file, read_optional_json
+from tokenizer_files import (
+    END_OF_TEXT,
+    AddedToken,
+    call_tokenizers,
+    load_backend,
+    read_special_tokens,
+)
 
 logger = logging.getLogger("qwen2vl")
 
@@ -126,7 +133,8 @@ def _make_guard_backend(backend: tokenizers.Tokenizer) -> _GuardBackend:
             secret_names[name] = entry["content"]
             vocab.pop(name, None)
         vocab[entry["content"]] = entry["id"]  # fixes the id, see `load_backend`
-    copy = tokenizers.Tokenizer.from_str(json.dumps(description, ensure_ascii=False))
+    text = json.dumps(description, ensure_ascii=False)
+    copy = call_tokenizers(tokenizers.Tokenizer.from_str, "the tokenizer", text)
     return _GuardBackend(copy, secret_names)
 
 
@@ -140,6 +148,7 @@ class Tokenizer:
     backend: the `tokenizers.Tokenizer` underneath; no method changes it
     pad_token, eos_token: names, and pad_token_id, eos_token_id: their ids
     special_ids: ids of all tokens that `decode` skips
+    largest_id: of all tokens
     chat_template: the checkpoint's own template, None for the published one
     """
 
@@ -149,8 +158,13 @@ class Tokenizer:
         pad_token: str,
         eos_token: str,
         chat_template: ChatTemplate | None = None,
+        largest_id: int | None = None,
     ):
+        """Raise ValueError for a vocabulary without the special tokens of the chat format."""
         self.backend = backend
+        if largest_id is None:
+            largest_id = max(backend.get_vocab().values())  # for the published ones 0.2 s
+        self.largest_id = largest_id
         self.chat_template = chat_template
         for name in REQUIRED_TOKENS:
             self.token_id(name)  # fail here rather than in the middle of a conversation
@@ -176,12 +190,12 @@ class Tokenizer:
         config_path = folder / "tokenizer_config.json"
         config = read_optional_json(config_path)
         special = read_special_tokens(folder, config)
-        backend = load_backend(folder, config, special)
+        backend, largest_id = load_backend(folder, config, special)
         fallback = END_OF_TEXT if backend.token_to_id(END_OF_TEXT) is not None else IM_END
         pad_token = special.named.get("pad_token", fallback)
         eos_token = special.named.get("eos_token", fallback)
 
-        if not config_path.is_file():
+        if not has_file(config_path):
             logger.warning(
                 "there is no tokenizer_config.json in %s: eos is %s and pad is %s",
                 folder,
@@ -197,7 +211,7 @@ class Tokenizer:
                 "which differs from the published one of Qwen2-VL",
                 template.source,
             )
-        return cls(backend, pad_token, eos_token, template)
+        return cls(backend, pad_token, eos_token, template, largest_id)
 
     def token_id(self, name: str) -> int:
         """Return the id of a token by its exact name. Raises ValueError when there is none."""
@@ -274,9 +288,11 @@ class Tokenizer:
     @staticmethod
     def _encode_with(backend: tokenizers.Tokenizer, text: str) -> list[int]:
         try:
-            return backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
+            text.encode()
+        except (AttributeError, UnicodeEncodeError) as error:
             raise ValueError(f"this is not a valid Unicode string: {text!r:.80}") from error
+        encode = partial(backend.encode, add_special_tokens=False)
+        return call_tokenizers(encode, "the tokenizer", text).ids
 
     def decode(
         self,
@@ -294,7 +310,8 @@ class Tokenizer:
         """
         ids = [_check_id(id) for id in _id_list(ids)]
         if not stop_strings:
-            return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            decode = partial(self.backend.decode, skip_special_tokens=skip_special_tokens)
+            return call_tokenizers(decode, "the tokenizer", ids)
         decoder = StreamDecoder(self, skip_special_tokens, stop_strings)
         return "".join([*map(decoder.push, ids), decoder.finish()])
 
@@ -406,8 +423,11 @@ class Tokenizer:
         if count == expected:
             return
         cause = "a message spells that token"
-        if self.chat_template is not None and count < expected:
-            cause = f"the chat template in {self.chat_template.source} ignores {kind}s"
+        if self.chat_template is not None:
+            source = self.chat_template.source
+            cause += f", or the chat template in {source} does"
+            if count < expected:
+                cause = f"the chat template in {source} ignores {kind}s"
         raise ValueError(
             f"expected {expected} tokens {pad} in the prompt, one for each {kind} of the "
             f"conversation, got {count}: {cause}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import tokenizers
 
 from errors import first_line
-from json_files import parse_json, read_optional_json, read_text
+from json_files import check_size, has_file, parse_json, read_optional_json, read_text
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -52,10 +52,10 @@ class SpecialTokens(NamedTuple):
 
 def holds_tokenizer(folder: Path) -> bool:
     """Return whether a directory holds a vocabulary; that of an adapter may."""
-    return (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    return has_file(folder / "tokenizer.json") or has_file(folder / "vocab.json")
 
 
-def call_tokenizers(function: Callable, source: Path, *args: object) -> Any:
+def call_tokenizers(function: Callable, source: Path | str, *args: object) -> Any:
     """Call into the `tokenizers` library; turn whatever it raises into a ValueError with `source`.
 
     A Rust panic arrives as `pyo3_runtime.PanicException`, which derives from BaseException.
@@ -76,18 +76,20 @@ def _read_tokenizer_json(folder: Path) -> tuple[dict, str | None]:
     them, as in transformers 5.23.0, `Qwen2Tokenizer`, and the text is None.
     """
     path = folder / "tokenizer.json"
-    if path.is_file():
+    if has_file(path):
         text = read_text(path)
         description = parse_json(text, path)
         _check_model(description, path)
         return description, text
     vocab_path = folder / "vocab.json"
     merges_path = folder / "merges.txt"
-    if not (vocab_path.is_file() and merges_path.is_file()):
+    if not (has_file(vocab_path) and has_file(merges_path)):
         raise FileNotFoundError(
             f"there is no tokenizer.json in {folder}, and not both vocab.json and merges.txt; "
             "is that a checkpoint folder?"
         )
+    check_size(vocab_path)
+    check_size(merges_path)
     read_bpe_files = tokenizers.models.BPE.read_file
     files = (str(vocab_path), str(merges_path))
     vocab, merges = call_tokenizers(read_bpe_files, vocab_path, *files)
@@ -281,8 +283,10 @@ def _merge_added_tokens(
     return sorted(by_content.values())
 
 
-def load_backend(folder: Path, config: dict, special: SpecialTokens) -> tokenizers.Tokenizer:
-    """Return the `tokenizers.Tokenizer` of a checkpoint with all of its added tokens.
+def load_backend(
+    folder: Path, config: dict, special: SpecialTokens
+) -> tuple[tokenizers.Tokenizer, int]:
+    """Return the `tokenizers.Tokenizer` of a checkpoint with all added tokens, and its largest id.
 
     The `tokenizer.json` alone may lack tokens that are declared in `tokenizer_config.json`, and
     the library numbers added tokens consecutively, whatever ids the file gives them: a gap in the
@@ -312,4 +316,4 @@ def load_backend(folder: Path, config: dict, special: SpecialTokens) -> tokenize
     # A file saved by a training script may carry these; they would cut or pad prompts silently.
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    return backend, max([*vocab.values(), *(token.id for token in added)])

@@ -39,6 +39,7 @@ from load_weights import (
     list_tensors,
     load_config,
     pack_linears,
+    read_generation_config,
 )
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
@@ -326,8 +327,7 @@ def open_run(arguments: argparse.Namespace, directory: Path, processor: Processo
     attention = choose_attention(arguments.attention, device, dtype)
     run = Run(config, device, dtype, attention, arguments.quantize, arguments.max_new_tokens)
     run.pack = layer_packer(directory, config)
-    if (directory / "generation_config.json").is_file():
-        run.generation_config = read_json(directory, "generation_config.json")
+    run.generation_config = read_generation_config(directory, config.vocab_size)
     return run
 
 

@@ -320,8 +320,8 @@ BAD = {
     '[{"role": "user", "content": [{"image": 5}]}]': "expected a path, a URL, bytes or an open",
     '[{"role": "user", "content": [{"video": "gone.mp4"}]}]': "there is no",
     '[{"role": "user", "content": "\\ud800"}]': "this is not a valid Unicode string",
-    json.dumps(user_message(image(WIDE) | {"max_pixels": []})): "max_pixels is [], expected an",
-    json.dumps(user_message(image(WIDE) | {"max_pixels": 0})): "max_pixels is 0, expected an",
+    json.dumps(user_message(image(WIDE) | {"max_pixels": []})): "max_pixels: expected a pos",
+    json.dumps(user_message(image(WIDE) | {"max_pixels": 0})): "max_pixels: expected a pos",
     "[" * 100_000: "the line cannot be used: RecursionError",
 }
 
@@ -657,4 +657,4 @@ def test_main_names_the_first_layer_with_nan(files, monkeypatch):
 
 def test_main_checks_sampling_before_it_reads_a_file(files, capsys):
     assert batch_app.main(["gone.jsonl", "--out", str(files.out), "--top-p", "2"]) == 2
-    assert "top_p is 2.0, expected above 0 and at most 1" in capsys.readouterr().err
+    assert "top_p: expected a number above 0 and at most 1, got 2.0" in capsys.readouterr().err

@@ -406,7 +406,7 @@ def test_main_raises_an_error_of_the_program_itself(monkeypatch):
     ("options", "sentence"),
     [
         (["--image", "missing.png"], "there is no image at missing.png"),
-        (["--top-p", "2"], "top_p is 2.0, expected above 0 and at most 1"),
+        (["--top-p", "2"], "top_p: expected a number above 0 and at most 1, got 2.0"),
         (["--model", "missing/model"], "missing/model"),
     ],
 )

@@ -451,7 +451,8 @@ def test_main_refuses_cut_off_weights_in_one_sentence(published, write, capsys):
 def test_main_refuses_weights_that_are_no_regular_file(published, write, capsys):
     folder = write(published[0], {})
     os.mkfifo(folder / "model.safetensors")
-    assert "lacks model.safetensors or" in refusal(folder, capsys)
+    found = refusal(folder, capsys)
+    assert f"{folder / 'model.safetensors'}: expected a regular file, got a pipe" in found
 
 
 @pytest.mark.parametrize(
@@ -630,12 +631,139 @@ def test_main_refuses_a_malformed_config_file_in_one_sentence(content, published
     assert str(folder / "config.json") in refusal(folder, capsys)
 
 
-@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_main_refuses_a_config_that_is_no_regular_file(make, published, write, capsys):
+def test_main_counts_the_layers_of_the_weights_before_it_builds_any(
+    published, write, capsys, monkeypatch
+):
+    monkeypatch.setattr(load_weights, "empty_model", None)  # which would take time for each layer
+    config = published[0]
+    folder = write(config | {"num_hidden_layers": 999}, published[1])
+    sentence = "config.json: num_hidden_layers: expected at most 4, as many as the weights have"
+    assert f"{sentence}, got 999" in refusal(folder, capsys)
+    vision = config["vision_config"] | {"depth": 5}
+    folder = write(config | {"vision_config": vision}, published[1])
+    assert "vision_config.depth: expected at most 4, as many" in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "sentence"),
+    [
+        ("generation_config.json", {"eos_token_id": [531, 545]}, "expected ids of the vocabulary"),
+        (
+            "generation_config.json",
+            {"eos_token_id": -1},
+            "expected ids of the vocabulary, 0 to 544",
+        ),
+        ("generation_config.json", {"eos_token_id": "531"}, "eos_token_id: expected an integer"),
+        ("generation_config.json", {"pad_token_id": {}}, "pad_token_id: expected an integer"),
+        ("generation_config.json", {"do_sample": 1}, "do_sample: expected true or false, got 1"),
+        ("preprocessor_config.json", {"merge_size": 1}, "merge_size is 1 in the processor, but 2"),
+        ("preprocessor_config.json", {"patch_size": 7}, "patch_size is 7 in the processor, but 14"),
+        ("preprocessor_config.json", {"temporal_patch_size": 10**9}, "temporal_patch_size is 1000"),
+        ("preprocessor_config.json", {"patch_size": 10**6}, "patch_size: expected at most"),
+        (
+            "preprocessor_config.json",
+            {"min_pixels": 10**8, "max_pixels": 10**9},
+            "min_pixels 100000000 makes 127551 tokens of each image, expected at most max_position",
+        ),
+        ("config.json", {"image_token_id": 7}, "the id of <|image_pad|> is 543 in the processor"),
+        ("config.json", {"vocab_size": 544}, "another shape"),
+        (
+            "tokenizer_config.json",
+            {"eos_token": "<|end|>"},
+            "expected more than 545, the largest id",
+        ),
+    ],
+)
+def test_main_refuses_files_that_contradict_each_other_before_it_reads_images(
+    file, changes, sentence, published, write, capsys
+):
     folder = write(*published)
-    (folder / "config.json").unlink()
-    make(folder / "config.json")
-    assert "there is no config.json" in refusal(folder, capsys)
+    settings = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(settings | changes))
+    found = refusal(folder, capsys)
+    assert sentence in found
+    assert ".json" in found
+
+
+def test_main_refuses_json_that_is_too_large_or_too_deep(published, write, capsys):
+    folder = write(*published)
+    path = folder / "generation_config.json"
+    path.write_text('{"a": ' + "[" * 65 + "]" * 65 + "}")
+    assert f"{path} is not a usable JSON file: it is nested too deeply" in refusal(folder, capsys)
+    path.write_text('{"a": ' + "[" * 60 + "]" * 60 + "}")
+    assert answer(folder, capsys)
+    with open(path, "ab") as file:
+        file.truncate(2**25 + 1)  # sparse: takes no space
+    assert f"{path}: expected a file of at most 33,554,432 bytes, got 33,554,433" in refusal(
+        folder, capsys
+    )
+
+
+def test_main_names_a_json_file_that_is_a_git_lfs_pointer(published, write, capsys):
+    path = write(*published) / "tokenizer.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert f"{path} is a Git LFS pointer: run `git lfs pull`" in refusal(path.parent, capsys)
+
+
+def test_main_warns_of_few_unknown_fields_and_their_number(published, write):
+    folder = write(published[0] | {f"new\n{number}": 1 for number in range(1000)}, published[1])
+    with pytest.warns(UserWarning, match="unknown field") as caught:
+        load_config(folder)
+    assert len(caught) == load_weights.MAX_WARNINGS + 1
+    assert "holds 995 more unknown fields" in str(caught[-1].message)
+    assert not any("\n" in str(warning.message) for warning in caught)
+
+
+# ------------------------------------------------------------------------------- weights not finite
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "sentence"),
+    [
+        (float("nan"), (), "model.layers.1.mlp.up_proj.weight holds NaN"),
+        (-float("inf"), (), "model.layers.1.mlp.up_proj.weight holds infinity in float32"),
+        (1e5, ("--dtype", "float16"), "weight holds infinity in float16"),
+        (0.0, (), "weight holds nothing but zeros"),
+    ],
+)
+def test_check_weights_names_damaged_tensors(values, options, sentence, published, write, capsys):
+    config, weights = published
+    weight = weights["model.layers.1.mlp.up_proj.weight"]
+    folder = write(config, weights)
+    assert answer(folder, capsys, "--check-weights")
+    if values == 0:
+        weight.zero_()
+    weight[5, 3] = values
+    folder = write(config, weights)
+    arguments = ["--model", str(folder), "--prompt", "x", "--device", "cpu", "--quiet"]
+    assert command.main([*arguments, *options, "--check-weights"]) == 2
+    error = capsys.readouterr().err
+    assert f"1 of {len(weights)} tensors in {folder} are damaged: " in error
+    assert sentence in error
+
+
+JSON_FILES = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_main_refuses_what_is_no_regular_file(name, published, write, capsys):
+    path = write(*published) / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    assert f"{path}: expected a regular file, got a pipe" in refusal(path.parent, capsys)
+    path.unlink()
+    path.mkdir()
+    assert f"{path}: expected a regular file, got a directory" in refusal(path.parent, capsys)
+    path.rmdir()
+    path.symlink_to("/dev/zero")
+    assert f"{path}: expected a regular file, got a device" in refusal(path.parent, capsys)
+    path.unlink()
+    path.symlink_to("../blobs/gone")
+    found = refusal(path.parent, capsys)
+    assert f"{path} is a link to ../blobs/gone, which does not exist" in found
 
 
 def test_load_config_reads_null_as_the_default(published, write):

@@ -1,6 +1,7 @@
 """`generate.py`: the tokens of the reference, of runs without a cache and of plain Python."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -495,7 +496,7 @@ def test_sample_upcasts_half_precision_to_float32():
     ],
 )
 def test_generation_config_refuses_impossible_values(field, value):
-    with pytest.raises(ValueError, match=f"{field} is {value}, expected"):
+    with pytest.raises(ValueError, match=f"{field}: expected .*, got {value}"):
         GenerationConfig(**{field: value})
 
 
@@ -572,7 +573,8 @@ def test_from_model_names_file_field_and_option_of_an_invalid_value(name, value)
     model = model_of("default", do_sample=True, **{name: value})
     with pytest.raises(ValueError, match=r"generation_config\.json") as caught:
         GenerationConfig.from_model(model)
-    assert f"{name} is {value!r}" in str(caught.value)
+    sentence = f"{name}: expected .*, got {re.escape(repr(value))}"
+    assert re.search(sentence, str(caught.value))
     assert f"--{name.replace('_', '-')}" in str(caught.value)
 
 
@@ -635,7 +637,7 @@ def test_max_length_counts_the_prompt_of_each_sequence_without_padding():
 )
 def test_generate_refuses_an_invalid_number_of_new_tokens(settings):
     [name] = settings
-    with pytest.raises(ValueError, match=rf"generation_config\.json: {name} is .*--max-new-tokens"):
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {name}.*--max-new-tokens"):
         generate(model_of("default", **settings), batch_of(SHAPES["default"], PARTS[:1]))
 
 
@@ -658,7 +660,7 @@ def test_eos_and_pad_token_ids_accept_null_integers_and_lists():
 @pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
 @pytest.mark.parametrize("value", ["<|im_end|>", ["<|im_end|>"], 1.5, True, {}, [[5]]])
 def test_generate_refuses_token_ids_of_another_type(name, value):
-    message = rf"generation_config\.json: {name} is .*expected token ids"
+    message = rf"generation_config\.json: {name}: expected token ids, got"
     with pytest.raises(ValueError, match=message):
         generate(model_of("default", **{name: value}), batch_of(SHAPES["default"]), 4)
 
@@ -697,9 +699,14 @@ def test_stream_warns_once_beyond_the_trained_length(recwarn):
 
 def test_trained_length_includes_the_factor_of_a_scaled_rope():
     model = model_of("default")
-    model.config.rope_scaling = model.config.rope_scaling | {"factor": 4.0}
+    scaled = {"rope_type": "linear", "factor": 4.0}
+    model.config.rope_scaling = model.config.rope_scaling | scaled
     assert command.trained_length(model.config) == 2048
     model.config.rope_scaling["original_max_position_embeddings"] = 64
+    assert command.trained_length(model.config) == 512
+    model.config.rope_scaling["factor"] = 1e308
+    assert command.trained_length(model.config) == command.MAX_LENGTH
+    model.config.rope_scaling["rope_type"] = "mrope"  # which has no factor
     assert command.trained_length(model.config) == 512
 
 
@@ -741,6 +748,15 @@ def test_check_finite_suggests_a_wider_dtype():
     with pytest.raises(command.NotFiniteError, match="in bfloat16: try --dtype float32"):
         command.check_finite(logits.bfloat16(), {0})
     command.check_finite(logits, set())  # a sequence that has ended does not count
+
+
+def test_generate_refuses_an_answer_from_equal_logits():
+    """The first token, "!", would be chosen each time."""
+    model = model_with_fault("model.norm.weight", 0.0)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
+    with pytest.raises(ValueError, match=r"scores of all tokens are equal.*--check-weights"):
+        generate(model, batch_of(SHAPES["default"], PARTS), 4)
 
 
 @pytest.mark.parametrize(

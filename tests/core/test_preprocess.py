@@ -535,7 +535,7 @@ def test_image_config_names_missing_settings(tmp_path):
 
 
 def test_image_config_refuses_min_pixels_above_max_pixels():
-    with pytest.raises(ValueError, match="min_pixels 3136 is more than max_pixels 784"):
+    with pytest.raises(ValueError, match="min_pixels: expected at most max_pixels 784, got 3136"):
         ImageConfig(max_pixels=784)
 
 
@@ -801,25 +801,31 @@ def test_processor_can_be_shared_by_threads(processor, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"size": 448}, "size is 448, expected shortest_edge"),
+        ({"size": 448}, "size: expected shortest_edge .*, got 448"),
         (
             {"size": {"height": 448, "width": 448}},
-            "size holds height, width, expected shortest_edge",
+            r"size: expected shortest_edge .*, got \['height', 'width'\]",
         ),
-        ({"size": {"shortest_edge": 3136}}, "size lacks a bound"),
-        ({"size": [1, 2]}, "size is"),
-        ({"image_mean": [0.5, 0.5]}, "image_mean is .*, expected three numbers"),
-        ({"image_mean": [0.5, 0.5, "x"]}, "image_mean is .*, expected three numbers"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std is .*, expected numbers above 0"),
-        ({"image_std": {"r": 1}}, "image_std is .*, expected three numbers"),
-        ({"do_resize": "yes"}, "do_resize is 'yes', expected true or false"),
-        ({"patch_size": "14"}, "patch_size is '14', expected an integer"),
-        ({"patch_size": 0}, "patch_size is 0, expected an integer"),
-        ({"merge_size": 2.5}, "merge_size is 2.5, expected an integer"),
-        ({"min_pixels": [1]}, "min_pixels is"),
-        ({"max_pixels": 100}, "min_pixels 3136 is more than max_pixels 100"),
-        ({"rescale_factor": None, "resample": 77}, "resample is 77, expected a filter"),
-        ({"rescale_factor": float("nan")}, "rescale_factor is nan, expected a number"),
+        (
+            {"size": {"shortest_edge": 3136}},
+            "size: expected shortest_edge and longest_edge, got one of them",
+        ),
+        ({"size": [1, 2]}, "size: expected shortest_edge"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean: expected a number or three, .*, got"),
+        ({"image_mean": [0.5, 0.5, "x"]}, "image_mean: expected a number or three, .*, got"),
+        ({"image_std": [0.5, 0.5, 0]}, "image_std: expected a positive number or three"),
+        ({"image_std": {"r": 1}}, "image_std: expected a positive number or three"),
+        ({"do_resize": "yes"}, "do_resize: expected true or false, got 'yes'"),
+        ({"patch_size": "14"}, "patch_size: expected a positive integer, got '14'"),
+        ({"patch_size": 0}, "patch_size: expected a positive integer, got 0"),
+        ({"merge_size": 2.5}, "merge_size: expected a positive integer, got 2.5"),
+        ({"min_pixels": [1]}, "min_pixels: expected a positive integer, got"),
+        ({"max_pixels": 100}, "min_pixels: expected at most max_pixels 100, got 3136"),
+        (
+            {"rescale_factor": None, "resample": 77},
+            "resample: expected a filter of Pillow, 0 to 5, got 77",
+        ),
+        ({"rescale_factor": float("nan")}, "rescale_factor: expected a positive number, got nan"),
     ],
 )
 @pytest.mark.parametrize("nested", [False, True])
@@ -857,7 +863,7 @@ def test_image_config_ignores_video_settings(tmp_path):
     ],
 )
 def test_processor_refuses_a_malformed_option_of_an_item(processor, options):
-    with pytest.raises(ValueError, match=r"(pixels|resized_height) is .*, expected an integer"):
+    with pytest.raises(ValueError, match=r"(pixels|resized_height): expected a positive integer"):
         processor(ask(image("RGB", **options)))
 
 
