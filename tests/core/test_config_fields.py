@@ -5,8 +5,9 @@ field.
 """
 
 import json
+import re
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +26,11 @@ from helpers import (
     small_config,
 )
 
+from config_fields import FIELD_TYPES, field_problem
+from generate import GenerationConfig
 from load_weights import load_config
-from qwen2vl import ACTIVATIONS, KVCache
+from preprocess import ImageConfig
+from qwen2vl import ACTIVATIONS, Config, KVCache, VisionConfig
 
 FLOAT32 = 3e-5  # largest absolute difference from transformers in float32
 FLOAT64 = 1e-9  # largest absolute difference from the NumPy model in float64
@@ -225,6 +229,46 @@ def test_vision_encoder_and_decoder_use_the_activation_of_their_config(text, vis
     batch = make_batch(SEQUENCES[1:2])
     expected = helpers.reference_logits(reference(config), config, batch)
     assert gap(ours(config)(**batch), expected) <= FLOAT32
+
+
+# --------------------------------------------------------------------------------- types and ranges
+
+NOT_NUMBERS = (None, True, "1", [], {}, float("nan"), float("inf"), 2**31, 10**400)
+
+
+@pytest.mark.parametrize("config_class", [Config, VisionConfig, ImageConfig, GenerationConfig])
+def test_every_field_of_a_configuration_is_checked(config_class):
+    """By its own annotation: a field of another annotation would accept anything."""
+    names = {field.name: str(field.type).removesuffix(" | None") for field in fields(config_class)}
+    unchecked = {name for name, annotation in names.items() if annotation not in FIELD_TYPES}
+    assert unchecked <= {"vision_config", "seed"}  # which are checked by themselves
+    for name in names.keys() - unchecked:
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got <object"):
+            config_class(**{name: object()})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "valid", "invalid"),
+    [
+        ("Size", (1, 2**31 - 1), (0, -1, 1.0)),
+        ("Count", (0, 5), (-1, 0.0)),
+        ("Pixels", (1, 2**31, 2**53), (0, -1, 1.5, 2**53 + 1)),
+        ("Positive", (1, 1e-30, 1e300), (0, -0.0, -1)),
+        ("Share", (1, 1.0, 1e-9), (0, 1.0001, 2)),
+        ("float", (0, -1.5), ()),
+        ("int | list[int] | None", (None, 3, [3, 4], []), ([1, "2"], [[1]], 1.5)),
+        ("Channels", (0.5, [0, -1, 2.5], (1, 1, 1)), ([1, 1], [1, 1, None], [1, 1, [1]])),
+        ("PositiveChannels", (0.5, [1, 1, 2.5]), (0, [1, 1, 0], [1, 1, "1"])),
+    ],
+)
+def test_field_problem_names_what_is_expected(annotation, valid, invalid):
+    for value in valid:
+        assert field_problem(annotation, value) is None
+    for value in invalid:
+        assert re.match("expected .*, got ", field_problem(annotation, value))
+    if annotation not in ("Pixels", "int | list[int] | None"):
+        for value in NOT_NUMBERS:
+            assert field_problem(annotation, value).startswith("expected ")
 
 
 # ----------------------------------------------------------------------------------- unknown fields

@@ -506,7 +506,7 @@ WORDS = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("version https://git-lfs.github.com/spec/v1", "tokenizer.json is not a JSON file"),
+        ("version https://git-lfs.github.com/spec/v1", "tokenizer.json is a Git LFS pointer"),
         ('{"version": "1.0", "added_tok', "tokenizer.json is not a JSON file"),
         ("[]", "tokenizer.json should hold a JSON object, but holds a list"),
         ('{"decoder": null}', "cannot be used: Model missing"),
@@ -1208,6 +1208,10 @@ def test_tokenizer_refuses_a_template_with_a_syntax_error(editable_folder, text)
         "{{ ().__class__.__bases__ }}",
         "{{ messages.append(1) }}",
         "{{ range(10 ** 9) | list }}",
+        "{{ 'a' * 10 ** 9 }}",
+        "{{ [messages] * 10 ** 9 }}",
+        "{{ 9 ** 9 ** 9 ** 9 }}",
+        "\ud800",
         "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
         "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'a' * 9999 }}{% endfor %}"
         "{% endfor %}",
