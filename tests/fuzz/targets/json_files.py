@@ -66,15 +66,27 @@ def mutate(random: Random, files: list[bytes]) -> bytes:
     value = json.loads(content)
     for _ in range(random.choice((1, 1, 1, 1, 2, 4))):
         mutate_value(random, value)
-    return name + b"\n" + json.dumps(value).encode()
+    return name + b"\n" + dump(value)
+
+
+def dump(value: dict) -> bytes:
+    """Return the JSON text of a value; a text of brackets where it is nested too deeply for that."""
+    try:
+        return json.dumps(value).encode()
+    except RecursionError:
+        return b'{"a": ' + b"[" * 2000 + b"]" * 2000 + b"}"
 
 
 def containers(value: Any) -> list[Any]:
-    """Return the objects and lists in a JSON value that are not empty, with itself."""
-    if not isinstance(value, dict | list) or not value:
-        return []
-    children = value.values() if isinstance(value, dict) else value
-    return [value, *(inner for child in children for inner in containers(child))]
+    """Return the objects and lists in a JSON value that are not empty, with itself.
+
+    Without recursion, as earlier mutations may have nested it deeply.
+    """
+    reached = [value]
+    for container in reached:
+        children = container.values() if isinstance(container, dict) else container
+        reached += [child for child in children if isinstance(child, dict | list)]
+    return [container for container in reached if container]
 
 
 def mutate_value(random: Random, value: dict) -> None:
