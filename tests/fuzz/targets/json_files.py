@@ -70,7 +70,7 @@ def mutate(random: Random, files: list[bytes]) -> bytes:
 
 
 def dump(value: dict) -> bytes:
-    """Return the JSON text of a value; a text of brackets where it is nested too deeply for that."""
+    """Return the JSON text of a value; brackets where it is nested too deeply for that."""
     try:
         return json.dumps(value).encode()
     except RecursionError:
