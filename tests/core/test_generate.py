@@ -580,10 +580,10 @@ def test_from_model_names_file_field_and_option_of_an_invalid_value(name, value)
 
 @pytest.mark.parametrize("value", ["", ["a", ""], [3], {"a": 1}, True], ids=str)
 def test_stop_strings_that_are_no_texts_are_refused(value):
-    with pytest.raises(ValueError, match=r"^stop_strings is .*, expected a list of non-empty"):
+    with pytest.raises(ValueError, match=r"^stop_strings: expected a list of non-empty strings"):
         GenerationConfig(stop_strings=value)
     model = model_of("default", stop_strings=value)
-    message = r"generation_config\.json: stop_strings is .*; --stop replaces it"
+    message = r"generation_config\.json: stop_strings: expected .*; --stop replaces it"
     with pytest.raises(ValueError, match=message):
         GenerationConfig.from_model(model)
     assert GenerationConfig(stop_strings=("a", "b")).stop_strings == ["a", "b"]
