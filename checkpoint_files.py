@@ -6,6 +6,8 @@ their tensors are listed.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import reprlib
 import warnings
@@ -119,12 +121,17 @@ def explain_no_weights(folder: Path) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn any error of the safetensors library in the block into a ValueError naming the file."""
+    """Turn any error of the safetensors library in the block into a ValueError naming the file.
+
+    Where the address space is too small to map it, a MemoryError.
+    """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in its Rust code is no Exception
+        if os.strerror(errno.ENOMEM) in str(error):
+            raise MemoryError(f"{path} cannot be mapped") from error
         raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
 
 

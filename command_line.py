@@ -25,10 +25,20 @@ from typing import Any, NamedTuple, TextIO
 import torch
 
 import linear
+import memory
 from adapters import find_adapters
 from checkpoint_checks import check_eos_token_ids
 from checkpoint_files import check_supported, find_checkpoint
-from load_weights import load_model, read_config
+from debug_nan import watch_modules
+from load_weights import (
+    checkpoint_dtype,
+    choose_attention,
+    find_device,
+    load_config,
+    load_model,
+    read_config,
+    read_generation_config,
+)
 from media import DEFAULT_LIMITS, MediaLimits
 from preprocess import Batch, Processor, holds_image_settings
 from qwen2vl import Qwen2VL
@@ -173,19 +183,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="attention implementation (default: auto; plain is the former name of eager)",
     )
-
-
-def add_debug_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the programs that only generate: generate.py, chat and batch."""
-    parser.add_argument(
-        "--cuda-graph",
-        action="store_true",
-        help="capture the decode step as a CUDA graph and replay it",
-    )
     parser.add_argument(
         "--debug-nan",
         action="store_true",
         help="name the first layer whose output is NaN or infinite",
+    )
+    parser.add_argument(
+        "--no-memory-check",
+        dest="memory_check",
+        action="store_false",
+        help="start even where the estimated memory exceeds what is free",
+    )
+
+
+def add_cuda_graph_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the programs that only generate: generate.py, chat and batch."""
+    parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="capture the decode step as a CUDA graph and replay it",
     )
 
 
@@ -200,8 +216,8 @@ def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_debug_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """End with one sentence and exit code 2 where the options of `add_debug_options` conflict."""
+def check_cuda_graph_option(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End with one sentence and exit code 2 where --cuda-graph conflicts with another option."""
     if arguments.cuda_graph and arguments.debug_nan:
         parser.error("--cuda-graph and --debug-nan exclude each other: a replay calls no modules")
 
@@ -379,7 +395,8 @@ def open_session(arguments: argparse.Namespace) -> Session:
     seconds = time.perf_counter() - start
     for media in batch.media:
         logger.info(media.summary(processor.image_config))
-    return Session(processor, batch, load_checkpoint(arguments, directory, processor), seconds)
+    model = load_checkpoint(arguments, directory, processor, batch)
+    return Session(processor, batch, model, seconds)
 
 
 def load_processor(arguments: argparse.Namespace, weights: bool = True) -> tuple[Path, Processor]:
@@ -430,10 +447,52 @@ def check_processor(processor: Processor, source: Path, directory: Path) -> None
         ) from error
 
 
-def load_checkpoint(
+def open_run(arguments: argparse.Namespace, directory: Path, processor: Processor) -> memory.Run:
+    """Return the run that the options describe. Raises OSError or ValueError as loading does."""
+    config = load_config(directory)
+    processor.check_model(config)
+    if arguments.dtype is None:
+        dtype = checkpoint_dtype(directory)
+    else:
+        dtype = getattr(torch, arguments.dtype)
+    device = find_device(arguments.device)
+    attention = choose_attention(arguments.attention, device, dtype)
+    run = memory.Run(config, device, dtype, attention, arguments.quantize, arguments.max_new_tokens)
+    run.generation_config = read_generation_config(directory, config.vocab_size)
+    run.stored_dtypes = memory.read_stored_dtypes(directory, config, arguments.adapter)
+    run.pack = memory.layer_packer(directory, config, set(run.stored_dtypes))
+    return run
+
+
+def checked_run(
     arguments: argparse.Namespace, directory: Path, processor: Processor
+) -> memory.Run | None:
+    """Return the run that the memory check is for, None with --no-memory-check.
+
+    For a program at its start: what loading warns of is not said here, and the filter of warnings
+    belongs to the whole process.
+    """
+    if not arguments.memory_check:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return open_run(arguments, directory, processor)
+
+
+def load_checkpoint(
+    arguments: argparse.Namespace,
+    directory: Path,
+    processor: Processor,
+    batch: Batch | None = None,
 ) -> Qwen2VL:
-    """Return the model that the options describe; a status line says how long it took."""
+    """Return the model that the options describe; a status line says how long it took.
+
+    batch: the first one that it answers, so that memory which cannot suffice is named before the
+    weights are loaded. Raises OSError or ValueError.
+    """
+    run = checked_run(arguments, directory, processor)
+    if run is not None:
+        memory.check_weights_and_batch(run, batch)
     start = time.perf_counter()
     dtype = None
     if arguments.dtype is not None:
@@ -448,6 +507,8 @@ def load_checkpoint(
         arguments.check_weights,
     )
     check_vocabulary(processor, model, directory)
+    if arguments.debug_nan:
+        watch_modules(model)
     logger.info(describe_model(arguments, model, time.perf_counter() - start))
     return model
 

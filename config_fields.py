@@ -1,5 +1,7 @@
 """Checks of configuration values from JSON files: a field's annotation names what it accepts.
 
+And the one field of generation_config.json that a run's memory depends on (`new_token_limit`).
+
 @dataclass
 class SomeConfig:
     width: Size = 64
@@ -27,6 +29,8 @@ Probability = float  # a number from 0 to 1
 Texts = list[str]  # strings that are not empty
 Channels = Sequence[float]  # one number for R, G and B, or three
 PositiveChannels = Sequence[float]
+
+DEFAULT_NEW_TOKENS = 128  # where neither the caller nor generation_config.json gives a number
 
 
 def is_integer(value: object) -> TypeGuard[int]:
@@ -147,3 +151,33 @@ def check_field(cls: type, name: str, value: object, prefix: str = "") -> None:
     problem = field_problem(annotation, value)
     if problem is not None:
         raise ValueError(f"{prefix}{name}: {problem}")
+
+
+def new_token_limit(settings: dict, prompt_length: int, max_new_tokens: int | None) -> int:
+    """Return how many tokens an answer may have.
+
+    settings: the content of generation_config.json. As in the reference (transformers 5.23.0,
+    `GenerationMixin._prepare_generated_length`), the caller's number comes first, then
+    max_new_tokens, then max_length, which counts the prompt.
+    Raises ValueError for an unusable number.
+    """
+    if max_new_tokens is not None:
+        return max_new_tokens
+    for name in ("max_new_tokens", "max_length"):
+        value = settings.get(name)
+        if value is None:
+            continue
+        if not is_size(value):
+            raise ValueError(
+                f"generation_config.json: {name}: expected a positive integer, got "
+                f"{reprlib.repr(value)}; --max-new-tokens replaces it"
+            )
+        if name == "max_new_tokens":
+            return value
+        if value <= prompt_length:
+            raise ValueError(
+                f"generation_config.json: max_length is {value}, but the prompt alone has "
+                f"{prompt_length} tokens; --max-new-tokens replaces it"
+            )
+        return value - prompt_length
+    return DEFAULT_NEW_TOKENS

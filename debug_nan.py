@@ -5,11 +5,11 @@ Forward hooks on every module serve this option alone. They make each layer wait
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qwen2vl import Qwen2VL
 
@@ -18,22 +18,17 @@ class NotFiniteError(ValueError):
     """The model computed NaN or infinite values."""
 
 
-@contextmanager
-def watch_modules(model: Qwen2VL) -> Iterator[None]:
-    """Within it, raise NotFiniteError for the first module whose output holds NaN or infinity.
+def watch_modules(model: Qwen2VL) -> list[RemovableHandle]:
+    """Raise NotFiniteError, from now on, for the first module whose output is not finite.
 
     Modules inside others come first, as they are computed first; the vision encoder is included.
+    Returns the handles of the hooks: removing them ends it.
     """
-    hooks = [
+    return [
         module.register_forward_hook(named_check(name))
         for name, module in model.named_modules()
         if name
     ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def named_check(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:

@@ -12,7 +12,6 @@ Shapes: B batch size, S tokens of the longest prompt, K all tokens so far, V voc
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import logging
 import math
@@ -38,9 +37,9 @@ from config_fields import (
     check_field,
     check_fields,
     is_integer,
-    is_size,
+    new_token_limit,
 )
-from debug_nan import NotFiniteError, watch_modules
+from debug_nan import NotFiniteError
 from preprocess import Batch
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
 from tokenizer import StreamDecoder, Tokenizer
@@ -49,10 +48,8 @@ logger = logging.getLogger("qwen2vl")
 
 Seed = int  # of 63 bits
 
-DEFAULT_NEW_TOKENS = 128  # where neither the caller nor generation_config.json gives a number
 MAX_LENGTH = 2**62  # of a sequence, where a scaled RoPE has a factor that is very large
 INITIAL_CAPACITY = 1024  # new tokens that a cache has memory for at first; it grows as needed
-
 
 # Fields that only sampling uses, in the order in which they change the probabilities.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p")
@@ -253,36 +250,6 @@ def pad_token_id(model: Qwen2VL) -> int:
     """Return the id that fills sequences that have ended: an end id where none is usable."""
     candidates = [*token_ids(model, "pad_token_id"), *sorted(eos_token_ids(model)), 0]
     return next(id for id in candidates if 0 <= id < model.config.vocab_size)
-
-
-def new_token_limit(settings: dict, prompt_length: int, max_new_tokens: int | None) -> int:
-    """Return how many tokens an answer may have.
-
-    settings: the content of generation_config.json. As in the reference (transformers 5.23.0,
-    `GenerationMixin._prepare_generated_length`), the caller's number comes first, then
-    max_new_tokens, then max_length, which counts the prompt.
-    Raises ValueError for an unusable number.
-    """
-    if max_new_tokens is not None:
-        return max_new_tokens
-    for name in ("max_new_tokens", "max_length"):
-        value = settings.get(name)
-        if value is None:
-            continue
-        if not is_size(value):
-            raise ValueError(
-                f"generation_config.json: {name}: expected a positive integer, got "
-                f"{reprlib.repr(value)}; --max-new-tokens replaces it"
-            )
-        if name == "max_new_tokens":
-            return value
-        if value <= prompt_length:
-            raise ValueError(
-                f"generation_config.json: max_length is {value}, but the prompt alone has "
-                f"{prompt_length} tokens; --max-new-tokens replaces it"
-            )
-        return value - prompt_length
-    return DEFAULT_NEW_TOKENS
 
 
 def new_token_limits(model: Qwen2VL, batch: Batch, max_new_tokens: int | None) -> list[int]:
@@ -543,11 +510,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Answer a question about images and videos with Qwen2-VL. "
         "The answer goes to stdout, all else to stderr."
     )
-    command_line.add_debug_options(parser)
+    command_line.add_cuda_graph_option(parser)
     for option in MOVED_OPTIONS:
         parser.add_argument(option, nargs="?", action=MovedOption, help=argparse.SUPPRESS)
     arguments = command_line.parse_arguments(parser, argv)
-    command_line.check_debug_options(parser, arguments)
+    command_line.check_cuda_graph_option(parser, arguments)
     return arguments
 
 
@@ -578,16 +545,6 @@ def choose_decode_step(arguments: argparse.Namespace, model: Qwen2VL) -> Callabl
     return decode_step
 
 
-@contextlib.contextmanager
-def debugging(arguments: argparse.Namespace, model: Qwen2VL) -> Iterator[None]:
-    """Within it, --debug-nan names the first module whose output is not finite."""
-    if not arguments.debug_nan:
-        yield
-        return
-    with watch_modules(model):
-        yield
-
-
 def answer_question(arguments: argparse.Namespace) -> None:
     """Stream the answer to one question to stdout.
 
@@ -601,19 +558,13 @@ def answer_question(arguments: argparse.Namespace) -> None:
     tokenizer = session.processor.tokenizer
     decoder = StreamDecoder(tokenizer, stop_strings=config.stop_strings)
     times = [time.perf_counter() - session.seconds]
-    with debugging(arguments, model):
-        steps = stream(
-            model,
-            session.batch,
-            arguments.max_new_tokens,
-            config,
-            decode=decode,
-            tokenizer=tokenizer,
-        )
-        for (token,) in steps:
-            times.append(time.perf_counter())
-            command_line.put(decoder.push(token))
-        command_line.put(decoder.finish(), end="\n")
+    steps = stream(
+        model, session.batch, arguments.max_new_tokens, config, decode=decode, tokenizer=tokenizer
+    )
+    for (token,) in steps:
+        times.append(time.perf_counter())
+        command_line.put(decoder.push(token))
+    command_line.put(decoder.finish(), end="\n")
     logger.info(command_line.describe_answer(model, session.batch.input_ids.shape[1], times))
 
 

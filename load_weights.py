@@ -491,6 +491,7 @@ def load_model(
         state.clear()  # so that each layer's packed tensors are released as it is converted
         linear.use_kernels(model, dtype)
     if quantize is not None:
+        state.clear()  # so that each layer's weights are released as it is quantized
         linear.quantize_linears(model, quantize)
     return model.eval()
 

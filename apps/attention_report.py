@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import command_line
 from apps.prompt_spans import Span, prompt_text, split_prompt
-from generate import choose_generation_config, generate
+from generate import check_finite, choose_generation_config, generate
 from preprocess import Batch, Grid, ImageConfig, Processor
 from qwen2vl import Qwen2VL, apply_rotary_pos_emb, at_least_float32
 from tokenizer import StreamDecoder, Tokenizer
@@ -81,6 +81,7 @@ def compute_attention(
     finally:
         for handle in hooks:
             handle.remove()
+    check_finite(logits, set(range(len(answer))))
     return torch.stack(layer_weights), logits.float().cpu()
 
 

@@ -37,12 +37,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import command_line
+import memory
 from conversations import read_conversation
 from generate import (
     GenerationConfig,
     choose_decode_step,
     choose_generation_config,
-    debugging,
     decode_step,
     eos_token_ids,
     new_token_limits,
@@ -240,6 +240,7 @@ class Answerer:
     max_new_tokens: int | None = None
     add_vision_id: bool = False
     decode: Callable[..., Tensor] = decode_step
+    run: memory.Run | None = None  # that each group is checked for, before it runs; None: no check
 
     def answers(self, group: list[Question]) -> Iterator[dict]:
         """Yield the records of a group, each as soon as its answer has ended.
@@ -274,6 +275,8 @@ class Answerer:
             return
         conversations = [question.messages for question in questions]
         batch = self.processor(conversations, add_vision_id=self.add_vision_id)
+        if self.run is not None:
+            memory.check_batch(self.run, batch)
         limits = new_token_limits(self.model, batch, self.max_new_tokens)
         end_ids = eos_token_ids(self.model)
         config = self.config
@@ -365,15 +368,15 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.max_new_tokens,
         arguments.add_vision_id,
         choose_decode_step(arguments, model),
+        command_line.checked_run(arguments, directory, processor),
     )
-    with debugging(arguments, model):
-        answer_file(
-            answerer,
-            arguments.questions,
-            arguments.out,
-            arguments.batch_size,
-            command_line.video_options(arguments),
-        )
+    answer_file(
+        answerer,
+        arguments.questions,
+        arguments.out,
+        arguments.batch_size,
+        command_line.video_options(arguments),
+    )
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -393,9 +396,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="where the answers are added; lines that have one there are not answered again",
     )
     command_line.add_batch_size_option(parser)
-    command_line.add_debug_options(parser)
+    command_line.add_cuda_graph_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
-    command_line.check_debug_options(parser, arguments)
+    command_line.check_cuda_graph_option(parser, arguments)
     return arguments
 
 

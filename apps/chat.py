@@ -30,11 +30,11 @@ import numpy as np
 from torch import Tensor
 
 import command_line
+import memory
 from generate import (
     GenerationConfig,
     choose_decode_step,
     choose_generation_config,
-    debugging,
     decode_step,
     new_cache,
     new_token_limits,
@@ -79,14 +79,19 @@ class Chat:
         max_new_tokens: int | None = None,
         add_vision_id: bool = False,
         decode: Callable[..., Tensor] = decode_step,
+        run: memory.Run | None = None,
     ):
-        """max_new_tokens: of an answer; None: what `generate.new_token_limit` gives."""
+        """max_new_tokens: of an answer; None: what `config_fields.new_token_limit` gives.
+
+        run: that the memory of each turn is checked for, before it starts; None: no check.
+        """
         self.model = model
         self.processor = processor
         self.config = config or GenerationConfig.from_model(model)
         self.max_new_tokens = max_new_tokens
         self.add_vision_id = add_vision_id
         self.decode = decode
+        self.run = run
         self.messages: list[dict] = []  # as the Processor reads them, see `read_attachment`
         self.pending: list[dict] = []  # images and videos for the next question
         self.prompt_tokens = 0  # that the last turn ran through the model
@@ -125,9 +130,12 @@ class Chat:
         try:
             [new_tokens] = new_token_limits(self.model, batch, self.max_new_tokens)
             prefix = self._reuse_cache(ids, new_tokens)
+            new = batch
             if prefix:  # the media of earlier messages are in the cache, and not in this batch
                 new = self.processor([question], add_vision_id=self.add_vision_id)
                 batch = replace(new, input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            if self.run is not None:
+                memory.check_batch(self.run, new)
             self.prompt_tokens = len(ids) - prefix
             tokenizer = self.processor.tokenizer
             steps = stream(
@@ -373,13 +381,18 @@ def run(arguments: argparse.Namespace) -> None:
     for item in command_line.media_items(arguments):
         pending.append(read_attachment(processor, item))
     model = command_line.load_checkpoint(arguments, directory, processor)
-    config = choose_generation_config(arguments, model)
-    decode = choose_decode_step(arguments, model)
-    chat = Chat(model, processor, config, arguments.max_new_tokens, arguments.add_vision_id, decode)
+    chat = Chat(
+        model,
+        processor,
+        choose_generation_config(arguments, model),
+        arguments.max_new_tokens,
+        arguments.add_vision_id,
+        choose_decode_step(arguments, model),
+        command_line.checked_run(arguments, directory, processor),
+    )
     chat.messages = command_line.system_messages(arguments)
     chat.pending = pending
-    with debugging(arguments, model):
-        Console(chat, command_line.video_options(arguments)).run(arguments.prompt)
+    Console(chat, command_line.video_options(arguments)).run(arguments.prompt)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -389,9 +402,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "are its first question; the next ones are lines of stdin, where /help lists the commands.",
         "python -m apps.chat",
     )
-    command_line.add_debug_options(parser)
+    command_line.add_cuda_graph_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
-    command_line.check_debug_options(parser, arguments)
+    command_line.check_cuda_graph_option(parser, arguments)
     return arguments
 
 

@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import command_line
+import memory
 from conversations import content_kind, read_conversation
 from errors import first_line
 from preprocess import Batch, Processor
@@ -198,11 +199,14 @@ def run(arguments: argparse.Namespace) -> None:
     first_batch = next(batches, None)
     if first_batch is None:
         raise ValueError(f"{arguments.input} holds no line that can be used")
-    model = command_line.load_checkpoint(arguments, directory, processor)
+    model = command_line.load_checkpoint(arguments, directory, processor, first_batch[1])
+    memory_run = command_line.checked_run(arguments, directory, processor)
     names: list[str] = []
     computed = []
     for batch_names, batch in itertools.chain([first_batch], batches):
         names += batch_names
+        if memory_run is not None:
+            memory.check_batch(memory_run, batch)
         computed.append(embed(model, batch, arguments.pooling, arguments.positions).cpu())
     vectors = torch.cat(computed)
     if arguments.out is None:
@@ -247,6 +251,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         problem = "expected --out with --input"
     if problem is not None:
         parser.error(problem)
+    arguments.max_new_tokens = 0  # as `memory.Run` has it
     return arguments
 
 

@@ -3,182 +3,33 @@
     python -m apps.estimate --image photo.jpg --model Qwen/Qwen2-VL-7B-Instruct
     python -m apps.estimate --questions questions.jsonl --batch-size 8
 
-Images, videos and prompts go through the processor as in a real run, so tokens, pixels and KV cache
-are exact. So are the weights, of a model on the meta device. The activations are formulas: what is
-alive at once where the prefill holds most (`decoder_activations`, `vision_activations`). At the
-shapes of the 2B, 7B and 72B models they were within 3 % of the peak of live tensors, with sdpa and
-with eager attention. flash is counted as sdpa. Not counted: workspaces of kernels; the float32 copy
-of one weight at a time on a CPU without fast half-precision kernels; what Python, PyTorch and CUDA
-take themselves.
+Images, videos and prompts go through the processor as in a real run, and `memory.py` counts what
+they need. On the CPU the sum is the peak of the process's resident memory, `VmHWM` on Linux.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 import command_line
-import linear
 from apps import batch as batch_file
-from checkpoint_files import find_packing, quantization_settings, weight_files
-from generate import new_token_limit, trained_length
-from json_files import read_json
-from load_weights import (
-    PACKED_HEAD,
-    checkpoint_dtype,
-    choose_attention,
-    empty_model,
-    find_device,
-    list_tensors,
-    load_config,
-    pack_linears,
-    read_generation_config,
+from config_fields import new_token_limit
+from generate import trained_length
+from memory import (
+    Run,
+    Size,
+    Weights,
+    batch_sizes,
+    count_weights,
+    free_memory,
+    process_size,
+    weights_size,
 )
 from preprocess import Batch, Processor
-from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
-
-
-# -------------------------------------------------------------------------------------------- sizes
-@dataclass
-class Run:
-    """What a run is made of besides its questions."""
-
-    config: Config
-    device: torch.device  # where the run would be
-    dtype: torch.dtype
-    attn_implementation: str = "sdpa"
-    quantize: str | None = None
-    max_new_tokens: int | None = None
-    generation_config: dict = field(default_factory=dict)
-    pack: Callable[[Qwen2VL], None] | None = None  # packs the layers that the checkpoint has packed
-
-
-class Size(NamedTuple):
-    """One line of the table."""
-
-    bytes: int
-    remark: str
-
-
-def weights_size(run: Run) -> Size:
-    """Return the size of the parameters. Raises ValueError where they cannot be quantized."""
-    model = empty_model(run.config).to(run.dtype)
-    count = sum(p.numel() for p in model.parameters())
-    remark = f"{count / 1e6:,.1f} M parameters in {str(run.dtype).removeprefix('torch.')}"
-    if run.pack is not None:
-        run.pack(model)
-    if run.device.type == "cpu":
-        linear.use_kernels(model, run.dtype)
-    if run.quantize is not None:
-        linear.quantize_linears(model, run.quantize)
-    methods = linear.quantization_methods(model)
-    if methods:
-        remark += f", the decoder's in {' and '.join(methods)}"
-    return Size(sum(p.nbytes for p in model.parameters()), remark)
-
-
-def cache_size(run: Run, batch: Batch) -> Size:
-    """Return the size of the KV cache when the answers have all their tokens."""
-    batch_size, length = batch.input_ids.shape
-    lengths = batch.attention_mask.sum(1).tolist()
-    length += max(new_token_limit(run.generation_config, n, run.max_new_tokens) for n in lengths)
-    cache = KVCache(run.config, batch_size, length, torch.device("meta"), run.dtype)
-    return Size(cache.keys.nbytes + cache.values.nbytes, f"{batch_size} × {length:,} tokens")
-
-
-def pixels_size(run: Run, batch: Batch) -> Size:
-    """Return the size of the patches of all images and videos, which are float32."""
-    size = 0
-    for patches in (batch.pixel_values, batch.pixel_values_videos):
-        if patches is not None:
-            size += patches.nbytes
-    if run.device.type == "cpu":
-        return Size(2 * size, "as read and as joined")
-    return Size(size, "on the GPU")
-
-
-def score_bytes(run: Run) -> int:
-    """Return how many bytes each attention score takes, which eager attention alone holds."""
-    if run.attn_implementation != "eager":
-        return 0
-    if run.dtype.itemsize >= 4:
-        return 2 * run.dtype.itemsize  # before and after the softmax
-    return run.dtype.itemsize + 2 * 4  # as computed, and both in float32
-
-
-def decoder_activations(run: Run, batch: Batch) -> int:
-    """Return how many bytes are alive at once in a layer of the decoder during the prefill."""
-    config = run.config
-    batch_size, length = batch.input_ids.shape
-    tokens = batch_size * length
-    # In the MLP: the embedded prompt, the input of the layer, the sum after attention and its norm;
-    # cos and sin; three tensors of the inner width.
-    inner = tokens * config.intermediate_size * run.dtype.itemsize
-    mlp = tokens * (4 * config.hidden_size + 2 * config.head_dim) * run.dtype.itemsize + 3 * inner
-    if run.quantize == "int8":
-        # A matmul converts its weight to the dtype; the third inner tensor is made after that.
-        copied_weight = config.intermediate_size * config.hidden_size * run.dtype.itemsize
-        mlp += max(0, copied_weight - inner)
-    # In attention: embedded prompt, input, norm, and queries, keys and values, repeated.
-    attention = tokens * 7 * config.hidden_size * run.dtype.itemsize
-    attention += batch_size * config.num_attention_heads * length**2 * score_bytes(run)
-    mask = 0 if batch.attention_mask.all() else batch_size * length**2  # bool
-    return max(mlp, attention) + mask
-
-
-def vision_activations(run: Run, batch: Batch) -> int:
-    """Return how many bytes are alive at once in a block of the vision encoder, 0 without media."""
-    vision = run.config.vision_config
-    size = run.dtype.itemsize
-    most = 0
-    for grids in (batch.image_grid_thw, batch.video_grid_thw):  # one after the other
-        if grids is None:
-            continue
-        lengths = []  # of the sequences, in which patches attend to each other
-        for t, h, w in grids.tolist():
-            lengths += [h * w] * t
-        patches = sum(lengths)
-        # In the MLP: input, sum after attention, norm, and three tensors of the inner width.
-        width = 3 * vision.embed_dim * (1 + vision.mlp_ratio)
-        if size < 4:
-            width += vision.embed_dim  # attention takes as much more: it rotates in float32
-        cos_and_sin = patches * 2 * vision.embed_dim // vision.num_heads * max(size, 4)
-        mlp = patches * width * size + cos_and_sin
-        scores = vision.num_heads * max(lengths) ** 2 * score_bytes(run)
-        if len(set(lengths)) == 1:  # then all sequences are one batch
-            scores *= len(lengths)
-        attention = patches * 10 * vision.embed_dim * size + scores
-        most = max(most, mlp, attention)
-    return most
-
-
-def activations_size(run: Run, batch: Batch) -> Size:
-    """Return the size of the activations of the prefill, which are larger than a decode step's."""
-    embedded_prompt = batch.input_ids.size * run.config.hidden_size * run.dtype.itemsize
-    vision = vision_activations(run, batch) + embedded_prompt
-    decoder = decoder_activations(run, batch)
-    head = 0
-    if run.quantize == "int8" and run.device.type != "cpu":
-        head = run.config.vocab_size * run.config.hidden_size * run.dtype.itemsize  # its copy
-    largest = "vision encoder" if vision > max(decoder, head) else "decoder"
-    remark = f"of the {largest} in the prefill, {run.attn_implementation} attention; an estimate"
-    return Size(max(vision, decoder, head), remark)
-
-
-def batch_sizes(run: Run, batch: Batch) -> dict[str, Size]:
-    """Return what a run holds besides the weights when it holds most."""
-    sizes = {"cache": cache_size(run, batch)}
-    if batch.media:
-        sizes["pixels"] = pixels_size(run, batch)
-    sizes["activations"] = activations_size(run, batch)
-    return sizes
+from qwen2vl import Config, get_rope_index
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -218,11 +69,31 @@ def total(sizes: dict[str, Size]) -> int:
     return sum(size.bytes for size in sizes.values())
 
 
-def print_sizes(sizes: dict[str, Size]) -> None:
-    """Print the table of sizes with their sum."""
-    peak = Size(total(sizes), "and what Python and PyTorch take themselves")
-    for name, size in (sizes | {"peak": peak}).items():
+def print_sizes(run: Run, process: Size, sizes: dict[str, Size]) -> None:
+    """Print the table: the weights, the sizes of an answer, and the peak of all.
+
+    process: what it takes without them; left out on a GPU, where the table is of its memory.
+    """
+    weights = count_weights(run)
+    sizes = {"weights": weights_size(run, weights)} | sizes
+    if run.device.type == "cpu":
+        sizes["process"] = process
+    sizes["peak"] = peak_size(weights, sizes)
+    free = free_memory(run.device)
+    if free is not None:
+        sizes["free"] = Size(free.bytes, free.place)
+    for name, size in sizes.items():
         print(f"{name:11}{size.bytes / 1e6:12,.1f} MB  {size.remark}")
+
+
+def peak_size(weights: Weights, sizes: dict[str, Size]) -> Size:
+    """Return the peak: that of loading the weights, or of the prefill."""
+    process = sizes["process"].bytes if "process" in sizes else 0
+    prefill = total(sizes) - weights.total + weights.private + weights.mapped
+    loading = process + weights.loading + weights.file_bytes
+    if loading > prefill:
+        return Size(loading, f"while loading; {weights.file_bytes / 1e6:,.1f} MB of it mapped")
+    return Size(prefill, f"{weights.mapped / 1e6:,.1f} MB of it mapped from the weight files")
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -280,69 +151,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def packed_tensor_names(directory: Path, config: Config) -> set[str]:
-    """Return the names of the tensors of packed layers.
-
-    They are those of the weights where these have been downloaded, else what config.json specifies.
-    """
-    model = empty_model(config)
-    with suppress(FileNotFoundError):
-        parameters = {name for name, _ in model.named_parameters()}
-        return set(list_tensors(weight_files(directory), parameters))
-    settings = quantization_settings(read_json(directory, "config.json"))
-    kept = settings.get("modules_to_not_convert") or []
-    names = set()
-    for name, module in model.named_modules():
-        is_packed = name.startswith("model.layers.")
-        if name == "lm_head":
-            is_packed = bool(settings.get("lm_head"))
-        if isinstance(module, nn.Linear) and is_packed and not any(part in name for part in kept):
-            names |= {f"{name}.qweight", f"{name}.g_idx"}
-    return names
-
-
-def layer_packer(directory: Path, config: Config) -> Callable[[Qwen2VL], None] | None:
-    """Return what packs those layers of a model that the checkpoint has packed, None without any.
-
-    A head among them is not tied, as in `load_weights.resolve_head`.
-    """
-    packing = find_packing(directory)
-    if packing is None:
-        return None
-    names = packed_tensor_names(directory, config)
-    if PACKED_HEAD in names:
-        config.tie_word_embeddings = False
-    return lambda model: pack_linears(model, packing, names)
-
-
-def open_run(arguments: argparse.Namespace, directory: Path, processor: Processor) -> Run:
-    """Return the run that the options describe. Raises OSError or ValueError as a real one does."""
-    config = load_config(directory)
-    processor.check_model(config)
-    if arguments.dtype is None:
-        dtype = checkpoint_dtype(directory)
-    else:
-        dtype = getattr(torch, arguments.dtype)
-    device = find_device(arguments.device)
-    attention = choose_attention(arguments.attention, device, dtype)
-    run = Run(config, device, dtype, attention, arguments.quantize, arguments.max_new_tokens)
-    run.pack = layer_packer(directory, config)
-    run.generation_config = read_generation_config(directory, config.vocab_size)
-    return run
-
-
 def estimate(arguments: argparse.Namespace) -> None:
     """Print what a run with these options takes. Raises OSError or ValueError with one sentence."""
     directory, processor = command_line.load_processor(arguments, weights=False)
-    run = open_run(arguments, directory, processor)
-    weights = {"weights": weights_size(run)}
+    process = process_size()
+    run = command_line.open_run(arguments, directory, processor)
     if arguments.questions is None:
         messages = command_line.build_messages(arguments)
         batch = processor(messages, add_vision_id=arguments.add_vision_id)
         print(*prompt_lines(run, processor, batch), sep="\n")
-        print_sizes(weights | batch_sizes(run, batch))
+        print_sizes(run, process, batch_sizes(run, batch))
     else:
-        print_sizes(weights | largest_group(arguments, processor, run))
+        print_sizes(run, process, largest_group(arguments, processor, run))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import config_fields
 import debug_nan
 import generate as command
 from command_line import BUNDLED_CHECKPOINT
@@ -600,7 +601,7 @@ def test_stop_strings_that_are_no_texts_are_refused(value):
         ({"max_length": 14 + 4}, None, 4),
         ({"max_length": 1}, 3, 3),
         ({"max_new_tokens": "5"}, 3, 3),
-        ({"max_new_tokens": None, "max_length": None}, None, command.DEFAULT_NEW_TOKENS),
+        ({"max_new_tokens": None, "max_length": None}, None, config_fields.DEFAULT_NEW_TOKENS),
     ],
 )
 def test_generate_takes_the_number_of_new_tokens_from_generation_config(fields, option, expected):
@@ -772,9 +773,9 @@ def test_generate_refuses_an_answer_from_equal_logits():
 def test_debug_nan_names_the_first_layer(parameter, layer):
     model = model_with_fault(parameter)
     message = rf"the output of {layer} is the first with NaN"
-    with (
-        pytest.raises(command.NotFiniteError, match=message),
-        debug_nan.watch_modules(model),
-    ):
+    handles = debug_nan.watch_modules(model)
+    with pytest.raises(command.NotFiniteError, match=message):
         generate(model, batch_of(SHAPES["default"]), 2)
+    for handle in handles:
+        handle.remove()
     assert not any(module._forward_hooks for module in model.modules())

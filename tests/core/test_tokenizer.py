@@ -1222,7 +1222,7 @@ def test_tokenizer_refuses_a_template_with_a_syntax_error(editable_folder, text)
 def test_apply_chat_template_makes_any_template_error_one_sentence(qwen, text):
     template = ChatTemplate(text, "folder/chat_template.jinja")
     tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
-    with pytest.raises(ValueError, match=r"in folder/chat_template\.jinja cannot be (rendered|used)") as error:
+    with pytest.raises(ValueError, match=r"in folder/chat_template\.jinja cannot be ") as error:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
     assert "\n" not in str(error.value)
 

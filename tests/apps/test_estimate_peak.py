@@ -1,0 +1,151 @@
+"""apps.estimate: its peak is within 15 % of the one that a process really has."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from command_line import BUNDLED_CHECKPOINT
+from load_weights import empty_model, load_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc of Linux"),
+]
+
+ROOT = Path(__file__).parents[2]
+# The private peak is sampled after each operator; the kernel itself keeps that of all pages.
+MEASURE = """
+import importlib, json, os, sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import linear
+
+class PrivatePeak(TorchDispatchMode):
+    pages = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        output = operator(*args, **(kwargs or {}))
+        with open("/proc/self/statm") as file:
+            _, resident, shared, *_ = file.read().split()
+        PrivatePeak.pages = max(PrivatePeak.pages, int(resident) - int(shared))
+        return output
+
+program = importlib.import_module(sys.argv[1])
+linear.prefer_pytorch_gemv()
+with PrivatePeak():
+    code = program.main(sys.argv[2:])
+with open("/proc/self/status") as file:
+    [peak] = [line.split()[1] for line in file if line.startswith("VmHWM")]
+private = PrivatePeak.pages * os.sysconf("SC_PAGE_SIZE")
+print(json.dumps({"code": code, "peak": int(peak) * 1024, "private": private}))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Make a checkpoint of 0.8 GB: layers of a published model's proportions, but few."""
+    directory = tmp_path_factory.mktemp("large") / "model"
+    ignore = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(BUNDLED_CHECKPOINT, directory, ignore=ignore)
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 6}
+    config |= {"num_attention_heads": 12, "num_key_value_heads": 2}
+    config["rope_scaling"]["mrope_section"] = [16, 24, 24]
+    config["vision_config"] |= {"depth": 2, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4}
+    config["vision_config"]["hidden_size"] = 1536
+    (directory / "config.json").write_text(json.dumps(config))
+    values = (0.02 * torch.randn(2**20)).bfloat16()
+    weights = {}
+    for name, parameter in empty_model(load_config(directory)).named_parameters():
+        count = parameter.numel()
+        repeated = values.repeat(-(-count // len(values)))[:count]
+        weights[name] = repeated.view(parameter.shape).clone()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def run_program(*arguments):
+    """Run Python in the repository as a user does, with one thread; return its stdout."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def estimated_peak(*options):
+    """Return the bytes of the peak, and how many of them are private."""
+    text = run_program("-m", "apps.estimate", "--quiet", *options)
+    [peak, mapped] = re.findall(r"^peak .*?([\d,.]+) MB .*?([\d,.]+) MB", text, re.MULTILINE)[0]
+    peak = 1e6 * float(peak.replace(",", ""))
+    return peak, peak - 1e6 * float(mapped.replace(",", ""))
+
+
+def measured_peak(program, *options):
+    """Return the bytes of the peak, and those of the private peak, of a run."""
+    lines = run_program("-c", MEASURE, program, "--quiet", *options).splitlines()
+    measured = json.loads(lines[-1])
+    assert measured["code"] == 0
+    return measured["peak"], measured["private"]
+
+
+OPTIONS = ["--device", "cpu", "--max-new-tokens", "2", "--max-pixels", "1000000"]
+ONE_IMAGE = ["--image", "examples/wide.png", "--min-pixels", "400000"]
+SMALL_IMAGE = ["--image", "examples/wide.png", "--min-pixels", "200000"]
+VIDEO = ["--video", "examples/crossing.mp4", "--nframes", "8", "--min-pixels", "100000"]
+CASES = {
+    "text": ["--prompt", "How many shapes are there?"],
+    "image": ONE_IMAGE,
+    "image, eager": [*SMALL_IMAGE, "--attention", "eager"],
+    "image, int8": [*ONE_IMAGE, "--quantize", "int8"],
+    "image, int4": [*SMALL_IMAGE, "--quantize", "int4"],
+    "image, float32": [*SMALL_IMAGE, "--dtype", "float32"],
+    "image, float32, int8": [*SMALL_IMAGE, "--dtype", "float32", "--quantize", "int8"],
+    "video": VIDEO,
+}
+
+
+def compare(case, estimated, measured):
+    """Print both and compare them."""
+    for name, estimate, measurement in zip(("peak", "private"), estimated, measured, strict=True):
+        print(
+            f"{case}, {name}: {measurement / 1e6:.0f} MB, estimated {estimate / 1e6:.0f} MB, "
+            f"{estimate / measurement - 1:+.1%}"
+        )
+    assert estimated[0] == pytest.approx(measured[0], rel=0.15)
+    assert estimated[1] == pytest.approx(measured[1], rel=0.15)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimated_peak_is_near_the_measured_one(case, checkpoint):
+    options = [*CASES[case], *OPTIONS, "--model", checkpoint]
+    estimated = estimated_peak(*options)
+    compare(case, estimated, measured_peak("generate", *options))
+
+
+def test_estimated_peak_of_a_batch_is_near_the_measured_one(checkpoint, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    content = [{"type": "image", "image": str(ROOT / "examples" / "wide.png")}]
+    content.append({"type": "text", "text": "How many?"})
+    lines = [json.dumps([{"role": "user", "content": content}]) for _ in range(4)]
+    questions.write_text("\n".join(lines))
+    options = [*OPTIONS, "--model", checkpoint]
+    options += ["--min-pixels", "150000", "--batch-size", "4"]
+    estimated = estimated_peak("--questions", questions, *options)
+    out = tmp_path / "answers.jsonl"
+    compare("batch", estimated, measured_peak("apps.batch", questions, "--out", out, *options))
+    assert "error" not in out.read_text()
