@@ -45,7 +45,7 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 # Options that change what is learned by rounding at most: these may differ when a run continues.
 # The data counts by its content.
 FREE_OPTIONS = {"data", "out", "eval", "quiet", "device", "attention", "log_every", "save_every"}
-FREE_OPTIONS |= {"gradient_checkpointing", "quantize"}
+FREE_OPTIONS |= {"gradient_checkpointing", "quantize", "memory_check", "check_weights", "debug_nan"}
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -354,7 +354,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--quiet", action="store_true", help="print nothing but warnings and errors")
     command_line.add_media_options(parser)
     command_line.add_model_options(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(argv, argparse.Namespace(max_new_tokens=None))
     problem = command_line.number_problem(arguments)
     if arguments.quantize is not None:
         problem = "--quantize cannot be used: gradients need the weights themselves"
