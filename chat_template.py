@@ -23,11 +23,13 @@ BUILT_IN_TEMPLATES = (
 )
 
 # A template may repeat anything any number of times. The prompt that it renders is bounded, and so
-# is the sum of the lengths of all `range(...)` that it loops over, and what `*` and `**` may make.
+# is the sum of the lengths of all `range(...)` that it loops over, the steps of all loops, and what
+# `+`, `~`, `*` and `**` may make.
 # (A template can still fill memory by other means, such as wide formats. The reference has no
 # bounds.)
 MAX_PROMPT_CHARACTERS = 2**26
 MAX_RANGE_STEPS = 1_000_000
+MAX_LOOP_STEPS = 1_000_000  # of all loops and macro calls together
 MAX_PRODUCT = 2**20  # of two numbers, or of the length of a text or list and a number
 MAX_TEMPLATE_BYTES = 2**20  # 50 times the longest known one; Jinja compiles it to Python
 
@@ -78,6 +80,7 @@ class _BoundedRange:
 
     def __init__(self) -> None:
         self._remaining = MAX_RANGE_STEPS
+        self._remaining_loops = MAX_LOOP_STEPS
 
     def __call__(self, *arguments: int) -> range:
         steps = range(*arguments)
@@ -85,6 +88,55 @@ class _BoundedRange:
         if self._remaining < 0:
             raise OverflowError(f"its ranges exceed {MAX_RANGE_STEPS:,} steps in total")
         return steps
+
+    def count_loop_step(self) -> None:
+        """Count one step of a loop or one call of a macro, over whatever the loop is."""
+        self._remaining_loops -= 1
+        if self._remaining_loops < 0:
+            raise OverflowError(f"its loops exceed {MAX_LOOP_STEPS:,} steps in total")
+
+
+def _count_step(context: Any) -> None:
+    """Count one step of a loop, in the rendering that the context belongs to."""
+    context.parent["range"].count_loop_step()
+
+
+def _bounded_sum(left: Any, right: Any) -> Any:
+    """Return left + right; raise OverflowError for texts or lists beyond MAX_PROMPT_CHARACTERS."""
+    if hasattr(left, "__len__") and hasattr(right, "__len__"):
+        if len(left) + len(right) > MAX_PROMPT_CHARACTERS:
+            raise OverflowError(f"a text exceeds {MAX_PROMPT_CHARACTERS:,} characters")
+    return left + right
+
+
+def _bounded_concat(*values: Any) -> str:
+    """Return the texts of all values joined, as the operator `~` does, within the same bound."""
+    text = ""
+    for value in values:
+        text = _bounded_sum(text, str(value))
+    return text
+
+
+def _bounded_tree(template: Any) -> Any:
+    """Return a parsed template that counts its loops and macro calls, and joins within a bound.
+
+    Jinja bounds no loop but `range`, and calls nothing that could be replaced for `~`.
+    """
+    from jinja2 import nodes
+    from jinja2.visitor import NodeTransformer
+
+    class Bounds(NodeTransformer):
+        def visit_Concat(self, node: Any) -> Any:
+            self.generic_visit(node)
+            concat = nodes.EnvironmentAttribute("bounded_concat")
+            return nodes.Call(concat, node.nodes, [], None, None, lineno=node.lineno)
+
+    template = Bounds().visit(template)
+    for node in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+        count = nodes.EnvironmentAttribute("count_step")
+        call = nodes.Call(count, [nodes.ContextReference()], [], None, None, lineno=node.lineno)
+        node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
+    return template
 
 
 def _bounded_product(left: Any, right: Any) -> Any:
@@ -114,7 +166,8 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens or {})
         try:
             text.encode()  # a lone surrogate could not be encoded as tokens
-            self._compiled = _jinja_environment().from_string(text)
+            environment = _jinja_environment()
+            self._compiled = environment.from_string(_bounded_tree(environment.parse(text)))
         except Exception as error:  # Jinja compiles to Python: more than TemplateError can arise
             raise self._error("cannot be used", error) from error
 
@@ -201,9 +254,13 @@ def _jinja_environment() -> Any:
     class BoundedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """A sandbox in which the operators that make large values are bounded."""
 
-        intercepted_binops = frozenset(("*", "**"))
+        intercepted_binops = frozenset(("+", "*", "**"))
+        count_step = staticmethod(_count_step)
+        bounded_concat = staticmethod(_bounded_concat)
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "+":
+                return _bounded_sum(left, right)
             return _bounded_product(left, right) if operator == "*" else _bounded_power(left, right)
 
     environment = BoundedEnvironment(

@@ -26,6 +26,7 @@ import torch
 
 import linear
 import memory
+import startup
 from adapters import find_adapters
 from checkpoint_checks import check_eos_token_ids
 from checkpoint_files import check_supported, find_checkpoint
@@ -39,7 +40,8 @@ from load_weights import (
     read_config,
     read_generation_config,
 )
-from media import DEFAULT_LIMITS, MediaLimits
+from media import DEFAULT_LIMITS, MediaLimits, file_url_path
+from output_files import check_output
 from preprocess import Batch, Processor, holds_image_settings
 from qwen2vl import Qwen2VL
 from tokenizer_files import holds_tokenizer
@@ -214,6 +216,41 @@ def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="how many questions of a file are answered together (default: 8)",
     )
+
+
+def add_output_options(
+    parser: argparse.ArgumentParser, metavar: str, help: str, default: str | None = None
+) -> None:
+    """Add --out and --force, the options of the programs that write one file."""
+    parser.add_argument("--out", metavar=metavar, default=default, help=help)
+    parser.add_argument(
+        "--force", action="store_true", help="replace the file of --out if it exists"
+    )
+
+
+def input_paths(arguments: argparse.Namespace) -> list[str | Path]:
+    """Return the files and directories that the options name as inputs."""
+    paths: list[str | Path] = [arguments.model or BUNDLED_CHECKPOINT]
+    if arguments.processor is not None:
+        paths.append(arguments.processor)
+    paths += arguments.adapter
+    for item in getattr(arguments, "media", []):  # not each program has --image
+        if item.get("type") not in ("image", "video"):
+            continue
+        source = item[item["type"]]
+        if source.lower().startswith("file://"):
+            source = file_url_path(source)
+        paths.append(source)
+    return paths
+
+
+def check_output_options(arguments: argparse.Namespace) -> None:
+    """Raise OSError or ValueError if --out cannot be written, is an input, or exists.
+
+    Called before anything is loaded.
+    """
+    if arguments.out is not None:
+        check_output(arguments.out, input_paths(arguments), arguments.force)
 
 
 def check_cuda_graph_option(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -613,15 +650,44 @@ def prepare_streams() -> None:
     """Make stdin and the outputs lose nothing in any encoding.
 
     What does not fit is written as an escape.
-    For a program at its start. A closed output is replaced by one that drops everything.
+    For a program at its start. A closed output is replaced by one that drops everything, and so is
+    what stderr cannot take.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")
+    sys.stderr = lossy_stream(sys.stderr)
     set_error_handler(sys.stdout, "backslashreplace")
-    set_error_handler(sys.stderr, "backslashreplace")
     set_error_handler(sys.stdin, "surrogateescape")
+
+
+class LossyFile(io.RawIOBase):
+    """Drops what cannot be written: an answer is worth more than a note on a full disk."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self.descriptor, data)
+        except OSError:
+            return len(data)
+
+
+def lossy_stream(stream: TextIO) -> TextIO:
+    """Return a text stream to the same file that never fails."""
+    file = io.BufferedWriter(LossyFile(stream.fileno()))
+    return io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=True)
 
 
 def set_error_handler(stream: TextIO | None, errors: str) -> None:
@@ -697,16 +763,6 @@ def naming(path: str | None) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
 
-def check_directory(path: str | Path) -> None:
-    """Raise FileNotFoundError if the directory of an output file is missing.
-
-    Called before any long computation.
-    """
-    directory = Path(path).parent
-    if not directory.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no directory {directory}")
-
-
 def run_main(program: str, run: Callable, arguments: argparse.Namespace) -> int:
     """Run a program and return its exit code.
 
@@ -720,7 +776,7 @@ def run_main(program: str, run: Callable, arguments: argparse.Namespace) -> int:
         return 141
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        return 130
+        return startup.INTERRUPTED
     except Exception as error:
         sentence = error_sentence(error)
         if sentence is None:
@@ -730,14 +786,32 @@ def run_main(program: str, run: Callable, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_program(program: str, main: Callable[[], int], decodes: bool = True) -> None:
-    """Run `main` as the whole process, and exit with its code.
+def run_program(
+    program: str, main: Callable[[], int], decodes: bool = True, needs_stdout: bool = True
+) -> None:
+    """Run `main` as the whole process, and exit with its code, or with 130 or 143 after a signal.
 
     decodes: false for a program that trains, for which the kernel that decodes fastest in bfloat16
     is the slowest: it takes 70 times as long for 512 rows, forward and backward.
+    needs_stdout: whether the answer goes there; then a closed one is an error.
     """
-    warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"  # without the code
-    if decodes:
-        linear.prefer_pytorch_gemv()
-    prepare_streams()
-    sys.exit(close_output(program, main()))
+    try:
+        startup.handle_signals()
+        warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"  # without the code
+        if decodes:
+            linear.prefer_pytorch_gemv()
+        is_closed = sys.stdout is None
+        prepare_streams()
+        if needs_stdout and is_closed:
+            print(f"{program}: stdout is closed, expected it open for the answer", file=sys.stderr)
+            code = 2
+        else:
+            code = main()
+        startup.ignore_interrupts()
+    except KeyboardInterrupt:
+        startup.ignore_interrupts()
+        code = startup.INTERRUPTED
+    except SystemExit as error:  # of argparse, or of SIGTERM
+        startup.ignore_interrupts()
+        code = error.code if isinstance(error.code, int) else 0
+    sys.exit(close_output(program, code))

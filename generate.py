@@ -11,6 +11,11 @@ Shapes: B batch size, S tokens of the longest prompt, K all tokens so far, V voc
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import itertools
 import logging

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import reprlib
 import warnings
@@ -43,6 +42,7 @@ from checkpoint_files import (
 from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
 from errors import first_line, printable
 from json_files import read_json
+from output_files import write_file
 from packed_weights import Grouping, Packing, gptq_config, pack_gptq
 from qwen2vl import Config, Qwen2VL, VisionConfig
 
@@ -695,18 +695,3 @@ def write_json(path: Path, values: dict) -> None:
     """Write a JSON file, whole or not at all."""
     text = json.dumps(values, indent=2) + "\n"
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write under a temporary name in the same directory, and rename.
-
-    Raises OSError naming the file.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except Exception as error:  # the safetensors library has its own for a full disk
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

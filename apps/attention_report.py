@@ -16,6 +16,11 @@ Shapes: L layers, H heads, G key/value heads, D head width, S tokens of the prom
 answer, T image tokens (of images and video frames), V vocabulary size.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import base64
 import io
@@ -33,6 +38,7 @@ from torch import Tensor, nn
 import command_line
 from apps.prompt_spans import Span, prompt_text, split_prompt
 from generate import check_finite, choose_generation_config, generate
+from output_files import write_file
 from preprocess import Batch, Grid, ImageConfig, Processor
 from qwen2vl import Qwen2VL, apply_rotary_pos_emb, at_least_float32
 from tokenizer import StreamDecoder, Tokenizer
@@ -203,12 +209,17 @@ def build_page_data(
 
 
 def write_report(
-    path: str | Path, model: Qwen2VL, processor: Processor, batch: Batch, answer: list[int]
+    path: str | Path,
+    model: Qwen2VL,
+    processor: Processor,
+    batch: Batch,
+    answer: list[int],
+    replace: bool = True,
 ) -> None:
     """Write the page for one conversation and its answer's token ids.
 
     Raises ValueError for several conversations and an empty answer, OSError
-    if the file cannot be written.
+    if the file cannot be written. replace: a file that has come to exist meanwhile, too.
     """
     if not answer:
         raise ValueError("expected an answer of at least one token, got none")
@@ -216,27 +227,25 @@ def write_report(
     # Inside a script element "</script>" would end it anywhere, also within an answer.
     data = data.replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
-    with command_line.naming(str(path)):
-        Path(path).write_text(page, encoding="utf-8")
+    write_file(path, lambda temporary: temporary.write_text(page, encoding="utf-8"), replace)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the question, print the answer and write the page."""
-    command_line.check_directory(arguments.out)
+    command_line.check_output_options(arguments)
     session = command_line.open_session(arguments)
     config = choose_generation_config(arguments, session.model)
     tokenizer = session.processor.tokenizer
     [answer] = generate(session.model, session.batch, arguments.max_new_tokens, config, tokenizer)
     print(tokenizer.decode(answer, stop_strings=config.stop_strings))
-    write_report(arguments.out, session.model, session.processor, session.batch, answer)
+    replace = arguments.force
+    write_report(arguments.out, session.model, session.processor, session.batch, answer, replace)
 
 
 def main(argv: list[str] | None = None) -> int:
     description = "Write a page that shows what each token of an answer attends to in the images."
     parser = command_line.build_parser(description, "python -m apps.attention_report")
-    parser.add_argument(
-        "--out", default="report.html", metavar="HTML", help="(default: report.html)"
-    )
+    command_line.add_output_options(parser, "HTML", "(default: report.html)", "report.html")
     arguments = command_line.parse_arguments(parser, argv)
     return command_line.run_main("apps.attention_report", run, arguments)
 

@@ -13,25 +13,39 @@ lines are skipped. Each other line gives one record, written as soon as it is do
 where --max-new-tokens ended it before; `sha256` is the start of the line's hash.
 
 The file is read in windows. A window is sorted by prompt length, and neighbors are answered
-together, so that there is little padding. That changes an answer by rounding at most: greedy
-answers are those of each conversation alone. With --seed, line n draws with seed + n - 1, whatever
-it is answered with.
+together, so that there is little padding. Numbers of a group are rounded differently than those of
+a conversation alone. In float32 that has not changed a greedy answer in the tests; in bfloat16 it
+may where two tokens are almost equally probable. --exact answers each line alone, and then an
+answer is that of generate.py in any dtype. With --seed, line n draws with seed + n - 1, whatever it
+is answered with.
 
 A second run continues: lines that have an answer are skipped, whichever options it was made with,
-and lines with an error are tried again. Where the answers are not those of this file of questions,
-nothing is done.
+and lines with an error are tried again. The groups depend on the questions alone, not on where a
+run was stopped: one that was half answered is computed again as a whole, and only the missing
+answers of it are written. So the file comes out as without the stop, to the byte, with the same
+options (and --seed, where answers are sampled). At the end the records are sorted by line. Where
+the answers are not those of this file of questions, nothing is done, and while another run writes
+them, neither.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
+import errno
 import hashlib
+import io
+import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import IO
+from typing import NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
@@ -47,7 +61,9 @@ from generate import (
     eos_token_ids,
     new_token_limits,
     stream,
+    trained_length,
 )
+from output_files import check_output, locked, write_file
 from preprocess import Processor
 from qwen2vl import Qwen2VL
 from tokenizer import StreamDecoder, content_kind
@@ -55,26 +71,50 @@ from tokenizer import StreamDecoder, content_kind
 logger = logging.getLogger("qwen2vl")
 
 WINDOW = 16  # groups that are sorted together
-WINDOW_BYTES = 2**30  # of patches, after which a window ends early
+WINDOW_TOKENS = 2**16  # of prompts, after which a window ends early: up to 1.2 GB of patches
+MAX_LINE_BYTES = 2**26  # of one line; parsed JSON may take 20 times as much memory
+MAX_CHARACTERS = 64  # of text, for each position of the model: beyond, it is not even tokenized
 RECORD_START = b'{"line": '  # how each record begins
 
 
 # -------------------------------------------------------------------------------------------- files
-def check_paths(path: str, out: str) -> None:
-    """Raise ValueError or FileNotFoundError for a file of questions or answers that is unusable."""
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Raise ValueError or OSError for a file of questions or answers that is unusable."""
+    path = arguments.questions
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {path}, expected one conversation on each line")
-    command_line.check_directory(out)
-    if os.path.exists(out) and not os.path.isfile(out):
-        raise ValueError(f"--out is {out}, expected a file")
+    inputs = [path, *command_line.input_paths(arguments)]
+    check_output(arguments.out, inputs, force=True)  # answers that exist are continued
 
 
-def numbered_lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file that are not blank, with their numbers from 1."""
+class Line(NamedTuple):
+    """A line of a file that is not blank."""
+
+    number: int  # from 1
+    offset: int  # of its first byte
+    data: bytes  # of a line beyond MAX_LINE_BYTES only the start, which is longer than that
+
+
+def read_lines(path: str) -> Iterator[Line]:
+    """Yield the lines of a file that are not blank."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+        for number in itertools.count(1):
+            offset = file.tell()
+            data = file.readline(MAX_LINE_BYTES + 1)
+            if not data:
+                return
+            rest = data
+            while len(data) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+                rest = file.readline(2**20)
+            if data.strip():
+                yield Line(number, offset, data)
+
+
+def read_line(path: str, offset: int) -> bytes:
+    """Return the line that begins at this byte."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.readline(MAX_LINE_BYTES + 1)
 
 
 def line_hash(line: bytes) -> str:
@@ -91,7 +131,7 @@ def read_answers(out: str) -> dict[int, dict]:
     answers: dict[int, dict] = {}
     if not os.path.exists(out):
         return answers
-    for number, line in numbered_lines(out):
+    for number, _, line in read_lines(out):
         if not line.endswith(b"\n") and RECORD_START.startswith(line[: len(RECORD_START)]):
             logger.warning("%s: its last record is only half written and is dropped", out)
             break
@@ -102,6 +142,8 @@ def read_answers(out: str) -> dict[int, dict]:
                 continue
             if question_line in answers or "sha256" not in record:
                 raise ValueError("expected one answer to each line, with the hash of its question")
+            if not isinstance(record["tokens_in"], int):
+                raise ValueError("expected the length of the prompt")
             answers[question_line] = record
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
@@ -114,7 +156,7 @@ def count_questions(path: str, out: str, answers: dict[int, dict]) -> int:
     """Return the number of questions in `path`. Raises ValueError where `out` answers others."""
     total = 0
     unmatched = set(answers)
-    for number, line in numbered_lines(path):
+    for number, _, line in read_lines(path):
         total += 1
         unmatched.discard(number)
         if number in answers and answers[number]["sha256"] != line_hash(line):
@@ -128,12 +170,31 @@ def count_questions(path: str, out: str, answers: dict[int, dict]) -> int:
     return total
 
 
-def write_record(file: IO[bytes], record: dict) -> None:
-    """Write one record, so that it is not lost when the process is killed."""
+def encode_record(record: dict) -> bytes:
+    """Return one record as a line."""
     line = json.dumps(record, ensure_ascii=False) + "\n"
     # Lone surrogates, as in a file name that is not UTF-8, become what JSON has for them: \udc80.
-    file.write(line.encode(errors="backslashreplace"))
-    file.flush()
+    return line.encode(errors="backslashreplace")
+
+
+def write_records(out: str, records: Iterable[dict]) -> None:
+    """Replace the file of answers at once, so that no answer is lost."""
+    data = b"".join(map(encode_record, records))
+    write_file(out, lambda temporary: temporary.write_bytes(data))
+
+
+def append_record(file: io.FileIO, record: dict) -> None:
+    """Append one record to an unbuffered file.
+
+    It is one write of the operating system, which no signal cuts in two. Where the disk is full
+    after a part of it, that part is removed. Raises OSError.
+    """
+    line = encode_record(record)
+    end = os.fstat(file.fileno()).st_size
+    written = file.write(line)
+    if written != len(line):
+        file.truncate(end)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 # ---------------------------------------------------------------------------------------- questions
@@ -145,80 +206,138 @@ class Question:
     sha256: str = ""
     messages: list[dict] = field(default_factory=list)  # with a Media for each image and video
     length: int = 0  # of the prompt in tokens
-    size: int = 0  # of the patches in bytes
+    is_answered: bool = False  # by an earlier run: then only `length` and `offset` are set
+    offset: int = 0  # of the line in the file
 
 
-def read_questions(
-    path: str,
-    processor: Processor,
-    video_options: dict,
-    add_vision_id: bool = False,
-    answered: Container[int] = (),
-) -> Iterator[Question]:
-    """Yield the lines of a file in order, without those in `answered`, each read when asked for.
+@dataclass
+class Reader:
+    """Reads the lines of a file of questions."""
 
-    video_options: fps or nframes of videos that have neither. A line that cannot be used is a
-    Question whose record has an `error`.
-    """
-    for number, line in numbered_lines(path):
-        if number in answered:
-            continue
+    path: str
+    processor: Processor
+    video_options: dict = field(default_factory=dict)  # fps or nframes of videos without their own
+    add_vision_id: bool = False
+    max_text_tokens: int = 2**15  # of a prompt
+
+    def questions(self, answers: dict[int, dict]) -> Iterator[Question]:
+        """Yield the questions of the file in order, each read when asked for.
+
+        answers: the records of an earlier run by line; these lines are not read. A line that cannot
+        be used is a Question whose record has an `error`.
+        """
+        for number, offset, line in read_lines(self.path):
+            if number in answers:
+                length = answers[number]["tokens_in"]
+                yield Question({"line": number}, "", [], length, is_answered=True, offset=offset)
+            else:
+                yield self.question(number, line)
+
+    def question(self, number: int, line: bytes) -> Question:
+        """Return the question of a line."""
         question = Question({"line": number}, line_hash(line))
         try:
-            content = json.loads(line.rstrip().decode("utf-8-sig"))
-            if isinstance(content, dict) and "id" in content:
-                question.record["id"] = content["id"]
-            question.messages = read_messages(content, processor, video_options)
-            batch = processor([question.messages], add_vision_id=add_vision_id)
-            question.length = batch.input_ids.shape[1]
-            question.size = sum(media.patches.nbytes for media in batch.media)
+            self.fill(question, line)
         except json.JSONDecodeError as error:
             question.record["error"] = f"the line is not JSON: {error.msg} at column {error.colno}"
         except Exception as error:  # a line costs its own record and nothing else
             unexpected = f"the line cannot be used: {type(error).__name__}: {error}"
             question.record["error"] = command_line.error_sentence(error) or unexpected
-        yield question
+        return question
+
+    def fill(self, question: Question, line: bytes) -> None:
+        """Read a line into its question. Raises what JSON and the processor raise."""
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(
+                f"the line has more than {MAX_LINE_BYTES:,} bytes: expected paths of large files, "
+                "not their content"
+            )
+        content = json.loads(line.rstrip().decode("utf-8-sig"))
+        if isinstance(content, dict) and "id" in content:
+            json.dumps([[[[[[[[content["id"]]]]]]]]])  # it can be written: nested less than allowed
+            question.record["id"] = content["id"]
+        messages = read_conversation(content)
+        if not messages:
+            raise ValueError("expected a list of messages, got an empty one")
+        self.check_text(messages)
+        prepared = []
+        for message in messages:
+            items = [self.read_item(item) for item in message["content"]]
+            prepared.append(message | {"content": items})
+        batch = self.processor([prepared], add_vision_id=self.add_vision_id)
+        length = batch.input_ids.shape[1]
+        patches = sum(len(media.patches) for media in batch.media)
+        self.check_text_tokens(length - patches // self.processor.image_config.merge_size**2)
+        question.messages = prepared
+        question.length = length
+
+    def check_text(self, messages: list[dict]) -> None:
+        """Raise ValueError for so much text that its tokens alone would take minutes."""
+        characters = sum(len(item.get("text", "")) for m in messages for item in m["content"])
+        if characters > MAX_CHARACTERS * self.max_text_tokens:
+            raise ValueError(
+                f"the text has {characters:,} characters, but the model is trained for "
+                f"{self.max_text_tokens:,} tokens"
+            )
+
+    def check_text_tokens(self, count: int) -> None:
+        """Raise ValueError for a prompt whose answer is worthless, after hours perhaps."""
+        if count > self.max_text_tokens:
+            raise ValueError(
+                f"the text has {count:,} tokens, but the model is trained for "
+                f"{self.max_text_tokens:,}"
+            )
+
+    def read_item(self, item: dict) -> dict:
+        """Return a content item with its image or video read."""
+        kind = content_kind(item)
+        if kind == "text":
+            return item
+        if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
+            item = item | self.video_options
+        return {"type": kind, kind: self.processor.prepare(item)}
+
+    def complete(self, group: list[Question]) -> list[Question]:
+        """Return a group with the lines read that an earlier run has answered.
+
+        One that cannot be read any more is left out, with a warning.
+        """
+        complete = []
+        for question in group:
+            if question.is_answered:
+                number = question.record["line"]
+                question = self.question(number, read_line(self.path, question.offset))
+                question.is_answered = True
+                if "error" in question.record:
+                    error = question.record["error"]
+                    logger.warning("line %d was answered, but is unusable now: %s", number, error)
+                    continue
+            complete.append(question)
+        return complete
 
 
-def read_messages(content: object, processor: Processor, video_options: dict) -> list[dict]:
-    """Return the messages of a parsed line, with a Media for each image and video.
-
-    Raises what `read_conversation` and the processor raise.
-    """
-    messages = []
-    for message in read_conversation(content):
-        items = [read_item(item, processor, video_options) for item in message["content"]]
-        messages.append(message | {"content": items})
-    if not messages:
-        raise ValueError("expected a list of messages, got an empty one")
-    return messages
-
-
-def read_item(item: dict, processor: Processor, video_options: dict) -> dict:
-    """Return a content item with its image or video read."""
-    kind = content_kind(item)
-    if kind == "text":
-        return item
-    if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
-        item = item | video_options
-    return {"type": kind, kind: processor.prepare(item)}
+def read_questions(
+    path: str, processor: Processor, video_options: dict, add_vision_id: bool = False
+) -> Iterator[Question]:
+    """Yield the questions of a file in order, each read when asked for (see `Reader`)."""
+    yield from Reader(path, processor, video_options, add_vision_id).questions({})
 
 
 def groups(questions: Iterable[Question], size: int) -> Iterator[list[Question]]:
     """Yield groups of at most `size` questions of similar length.
 
     They come window after window. A window is WINDOW groups, or as many questions as reach
-    WINDOW_BYTES; no more than one is held in memory.
+    WINDOW_TOKENS; no more than one is held in memory.
     """
     window: list[Question] = []
-    held_bytes = 0
+    tokens = 0
     for question in questions:
         window.append(question)
-        held_bytes += question.size
-        if len(window) == WINDOW * size or held_bytes >= WINDOW_BYTES:
+        tokens += question.length
+        if len(window) == WINDOW * size or tokens >= WINDOW_TOKENS:
             yield from split(window, size)
             window = []
-            held_bytes = 0
+            tokens = 0
     yield from split(window, size)
 
 
@@ -243,22 +362,18 @@ class Answerer:
     run: memory.Run | None = None  # that each group is checked for, before it runs; None: no check
 
     def answers(self, group: list[Question]) -> Iterator[dict]:
-        """Yield the records of a group, each as soon as its answer has ended.
+        """Yield the records of a group's usable questions, each as soon as its answer has ended.
 
         Where memory does not suffice for the group, or one of it has logits that are not finite,
         those without an answer are asked again one by one: only the cause gives an error record.
         """
-        waiting = {}
-        for question in group:
-            if "error" in question.record:
-                yield question.record
-            else:
-                waiting[question.record["line"]] = question
+        waiting = {q.record["line"]: q for q in group if not q.is_answered}
         try:
-            for record in self.batch_answers(list(waiting.values())):
-                del waiting[record["line"]]
-                yield record
-            return
+            for record in self.batch_answers(group):
+                if waiting.pop(record["line"], None) is not None:
+                    yield record
+                if not waiting:
+                    return
         except Exception as error:
             sentence = command_line.error_sentence(error)
             if sentence is None:
@@ -271,8 +386,6 @@ class Answerer:
 
     def batch_answers(self, questions: list[Question]) -> Iterator[dict]:
         """Yield the records of questions in one batch. Raises what `stream` raises."""
-        if not questions:
-            return
         conversations = [question.messages for question in questions]
         batch = self.processor(conversations, add_vision_id=self.add_vision_id)
         if self.run is not None:
@@ -315,6 +428,21 @@ class Answerer:
         }
 
 
+def file_records(
+    answerer: Answerer, reader: Reader, answers: dict[int, dict], batch_size: int
+) -> Iterator[dict]:
+    """Yield the records of all lines that have no answer in `answers`."""
+    for group in groups(reader.questions(answers), batch_size):
+        usable = []
+        for question in group:
+            if "error" in question.record:
+                yield question.record
+            else:
+                usable.append(question)
+        if any(not question.is_answered for question in usable):
+            yield from answerer.answers(reader.complete(usable))
+
+
 def answer_file(
     answerer: Answerer,
     path: str,
@@ -324,33 +452,32 @@ def answer_file(
 ) -> None:
     """Answer each line of the file `path` that has no answer in `out` yet.
 
-    What fails in one conversation costs only its own record. Raises ValueError or OSError with one
-    sentence for unusable files.
+    What fails in one conversation costs only its own record. The caller holds the lock of `out`.
+    Raises ValueError or OSError with one sentence for unusable files.
     """
     answers = read_answers(out)
     total = count_questions(path, out, answers)
-    target = os.path.realpath(out)
-    with command_line.naming(out), open(target + ".new", "wb") as file:
-        for record in answers.values():
-            write_record(file, record)
-    os.replace(target + ".new", target)  # at once, so that no answer is lost
-
-    questions = read_questions(
-        path, answerer.processor, video_options or {}, answerer.add_vision_id, answers
+    write_records(out, answers.values())  # without errors, and without half a record
+    reader = Reader(
+        path,
+        answerer.processor,
+        video_options or {},
+        answerer.add_vision_id,
+        trained_length(answerer.model.config),
     )
     quiet = not logger.isEnabledFor(logging.INFO)
     progress = tqdm(total=total, initial=len(answers), unit=" lines", disable=quiet)
+    records = answers.copy()
     errors = 0
-    written = 0
-    with progress, command_line.naming(out), open(out, "ab") as file:
-        for group in groups(questions, batch_size):
-            for record in answerer.answers(group):
-                write_record(file, record)
-                written += 1
-                errors += "error" in record
-                progress.set_postfix(errors=errors, refresh=False)
-                progress.update()
-    counts = f"{written - errors} answers, {errors} errors"
+    with progress, command_line.naming(out), open(out, "ab", buffering=0) as file:
+        for record in file_records(answerer, reader, answers, batch_size):
+            append_record(file, record)
+            records[record["line"]] = record
+            errors += "error" in record
+            progress.set_postfix(errors=errors, refresh=False)
+            progress.update()
+    write_records(out, [records[number] for number in sorted(records)])
+    counts = f"{len(records) - len(answers) - errors} answers, {errors} errors"
     logger.info("%s: %s, %d were there already", out, counts, len(answers))
 
 
@@ -358,7 +485,14 @@ def answer_file(
 def run(arguments: argparse.Namespace) -> None:
     """Answer a file. Raises OSError or ValueError with one sentence for wrong options and files."""
     GenerationConfig(**command_line.sampling_options(arguments))  # checked before anything is read
-    check_paths(arguments.questions, arguments.out)
+    check_paths(arguments)
+    with locked(arguments.out):
+        run_locked(arguments)
+
+
+def run_locked(arguments: argparse.Namespace) -> None:
+    """Load the model and answer the file, whose answers no other run writes meanwhile."""
+    read_answers(arguments.out)  # what is no file of answers is refused before a model is loaded
     directory, processor = command_line.load_processor(arguments)
     model = command_line.load_checkpoint(arguments, directory, processor)
     answerer = Answerer(
@@ -374,7 +508,7 @@ def run(arguments: argparse.Namespace) -> None:
         answerer,
         arguments.questions,
         arguments.out,
-        arguments.batch_size,
+        1 if arguments.exact else arguments.batch_size,
         command_line.video_options(arguments),
     )
 
@@ -396,6 +530,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="where the answers are added; lines that have one there are not answered again",
     )
     command_line.add_batch_size_option(parser)
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="answer each line alone, as --batch-size 1 does: in a group an answer may differ from "
+        "that by rounding, above all in bfloat16",
+    )
     command_line.add_cuda_graph_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
     command_line.check_cuda_graph_option(parser, arguments)
@@ -408,4 +548,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run_program("apps.batch", main)
+    command_line.run_program("apps.batch", main, needs_stdout=False)

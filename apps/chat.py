@@ -14,6 +14,11 @@ where the two differ.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import contextlib
 import json
@@ -25,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TextIO
 
 import numpy as np
 from torch import Tensor
@@ -40,11 +46,14 @@ from generate import (
     new_token_limits,
     stream,
 )
+from output_files import check_output, write_file
 from preprocess import Processor
 from qwen2vl import KVCache, Qwen2VL
 from tokenizer import StreamDecoder, content_kind
 
 logger = logging.getLogger("qwen2vl")
+
+MAX_LINE = 2**24  # characters of a line of stdin
 
 HELP = """\
 /image FILE   attach an image to the next question; repeat for several; a URL works as well
@@ -201,12 +210,10 @@ class Chat:
             raise ValueError("there is nothing to save yet")
         content = {"messages": [original_message(message) for message in self.messages]}
         line = json.dumps(content, ensure_ascii=False) + "\n"
-        try:
-            with open(path, "xb") as file:
-                # A file name that is not UTF-8 has lone surrogates, which JSON writes as \udc80.
-                file.write(line.encode(errors="backslashreplace"))
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        # A file name that is not UTF-8 has lone surrogates, which JSON writes as \udc80.
+        data = line.encode(errors="backslashreplace")
+        check_output(path, option="/save")
+        write_file(path, lambda temporary: temporary.write_bytes(data), replace=False)
 
 
 def original_message(message: dict) -> dict:
@@ -225,15 +232,16 @@ class Console:
         """video_options: fps or nframes of each `/video`."""
         self.chat = chat
         self.video_options = video_options
+        self.is_typed = sys.stdin is not None and sys.stdin.isatty()
         # A prompt is for people: it would be mixed with the answers in a pipe or a file.
-        self.has_prompt = sys.stdin.isatty() and sys.stdout.isatty()
+        self.has_prompt = self.is_typed and sys.stdout.isatty()
 
     def run(self, question: str | None = None) -> None:
         """Answer the question, if any, then one line of stdin after the other until its end.
 
         A mistake is one sentence, and the conversation continues.
         """
-        if sys.stdin.isatty():
+        if self.is_typed:
             enable_line_editing()
             logger.info("/help lists the commands")
         while True:
@@ -244,14 +252,14 @@ class Console:
                     print()
                 return
             except KeyboardInterrupt:
-                if not sys.stdin.isatty():
+                if not self.is_typed:
                     raise
                 note = "\ninterrupted; the conversation is as before (Ctrl-D or /exit leaves)"
                 print(note, file=sys.stderr, flush=True)
             except Exception as error:
                 sentence = command_line.error_sentence(error)
-                if sentence is None or isinstance(error, BrokenPipeError):  # nobody reads any more
-                    raise
+                if sentence is None or isinstance(error, (BrokenPipeError, LostInputError)):
+                    raise  # nobody reads any more, or nothing comes any more
                 logger.error(sentence)
             question = None
 
@@ -263,12 +271,22 @@ class Console:
             answer(self.chat, question)
 
     def read_line(self) -> str:
-        """Return the next line; the prompt shows what is pending. Raises EOFError at the end."""
+        """Return the next line; the prompt shows what is pending.
+
+        Raises EOFError at the end, LostInputError where stdin cannot be read, and ValueError for a
+        line that is too long.
+        """
+        if sys.stdin is None:
+            raise EOFError
         prompt = ""
         if self.has_prompt:
             pending = ", ".join(item["type"] for item in self.chat.pending)
             prompt = f"[{pending}] > " if pending else "> "
-        return command_line.recover_utf8(input(prompt), sys.stdin.encoding or "utf-8")
+        try:
+            line = input(prompt) if self.is_typed else read_piped_line(sys.stdin)
+        except OSError as error:
+            raise LostInputError(f"cannot read stdin: {error.strerror or error}") from error
+        return command_line.recover_utf8(line, sys.stdin.encoding or "utf-8")
 
     def run_command(self, line: str) -> str | None:
         """Run a command; return any other line, as a question. Raises ValueError for a mistake."""
@@ -301,6 +319,22 @@ class Console:
         else:
             self.chat.save(path)
             logger.info("saved %d messages to %s", len(self.chat.messages), path)
+
+
+class LostInputError(OSError):
+    """Stdin cannot be read, now or later."""
+
+
+def read_piped_line(stdin: TextIO) -> str:
+    """Return a line without its end. Raises EOFError at the end, ValueError for one too long."""
+    line = stdin.readline(MAX_LINE + 1)
+    if not line:
+        raise EOFError
+    if line.endswith("\n") or len(line) <= MAX_LINE:
+        return line.removesuffix("\n")
+    while line and not line.endswith("\n"):
+        line = stdin.readline(MAX_LINE)
+    raise ValueError(f"a line of stdin has more than {MAX_LINE:,} characters")
 
 
 def enable_line_editing() -> None:
@@ -372,8 +406,8 @@ def counted_interrupts() -> Iterator[list[int]]:
 # -------------------------------------------------------------------------------------- the program
 def run(arguments: argparse.Namespace) -> None:
     """Hold a conversation. Raises OSError or ValueError with one sentence for wrong options."""
-    if sys.stdin is None:
-        raise ValueError("stdin is closed, expected the questions of the chat")
+    if sys.stdin is None and arguments.prompt is None:
+        raise ValueError("stdin is closed, expected the questions of the chat, or --prompt")
     GenerationConfig(**command_line.sampling_options(arguments))  # checked before anything is read
     directory, processor = command_line.load_processor(arguments)
     # Before the model: a wrong path should not wait until the weights are loaded.

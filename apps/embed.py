@@ -20,6 +20,11 @@ What the authors of checkpoints compute (their vectors have not been compared he
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import itertools
 import json
@@ -27,6 +32,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +43,7 @@ import command_line
 import memory
 from conversations import content_kind, read_conversation
 from errors import first_line
+from output_files import check_output, write_file
 from preprocess import Batch, Processor
 from qwen2vl import Qwen2VL
 
@@ -177,22 +184,31 @@ def format_table(names: list[str], vectors: Tensor) -> str:
     return "\n".join(lines)
 
 
-def check_paths(path: str | None, out: str | None) -> None:
-    """Raise FileNotFoundError or ValueError for an --input or --out that is unusable."""
-    if path is not None and not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {path}, expected one with an input on each line")
-    if out is None:
-        return
-    command_line.check_directory(out)
-    if os.path.isdir(out):
-        raise ValueError(f"--out is {out}, expected a file")
-    if path is not None and os.path.exists(out) and os.path.samefile(path, out):
-        raise ValueError(f"--out is the file of the inputs, {path}, expected another one")
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Raise OSError or ValueError for an --input or --out that is unusable."""
+    path = arguments.input
+    inputs = command_line.input_paths(arguments)
+    if path is not None:
+        inputs.append(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"there is no file {path}, expected one with an input on each line"
+            )
+    if arguments.out is not None:
+        check_output(arguments.out, inputs, arguments.force)
+
+
+def write_vectors(path: Path, names: list[str], vectors: torch.Tensor) -> None:
+    """Write the npz file."""
+    # An array of texts has room for the longest one at each place.
+    short_names = np.array([name[:NAME_LENGTH] for name in names])
+    with open(path, "wb") as file:  # np.savez would add .npz to a name without
+        np.savez(file, vectors=vectors.numpy(), names=short_names)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compute the vectors; write or compare them. Raises OSError or ValueError in one sentence."""
-    check_paths(arguments.input, arguments.out)
+    check_paths(arguments)
     directory, processor = command_line.load_processor(arguments)
     batches = make_batches(arguments, processor)
     # Before the model: a wrong path should not wait until the weights are loaded.
@@ -212,10 +228,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         print(format_table(names, vectors))
         return
-    with command_line.naming(arguments.out), open(arguments.out, "wb") as file:
-        # An array of texts has room for the longest one at each place.
-        short_names = np.array([name[:NAME_LENGTH] for name in names])
-        np.savez(file, vectors=vectors.numpy(), names=short_names)
+    write_file(arguments.out, lambda path: write_vectors(path, names, vectors), arguments.force)
     logger.info("%s: %d vectors of %d values", arguments.out, *vectors.shape)
 
 
@@ -231,7 +244,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="a text on each line, or (.jsonl) objects with image, video, text, id or messages",
     )
-    parser.add_argument("--out", metavar="NPZ", help="where vectors and names are written")
+    command_line.add_output_options(parser, "NPZ", "where vectors and names are written")
     parser.add_argument("--instruction", metavar="TEXT", help="the system message")
     parser.add_argument("--image-text", metavar="TEXT", help="put after an image without a text")
     parser.add_argument("--suffix", default="<|endoftext|>", help="(default: <|endoftext|>)")

@@ -9,6 +9,11 @@ they need. On the CPU the sum is the peak of the process's resident memory, `VmH
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 from collections.abc import Iterator
 

@@ -14,6 +14,11 @@ Shapes: B conversations of a part of a step, S tokens of the longest one, V voca
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import hashlib
 import logging
@@ -33,8 +38,9 @@ from torch import Tensor, nn
 import command_line
 from apps.training_data import IGNORED, Encoder, Example, read_examples
 from errors import first_line
-from load_weights import write_file, write_json
+from load_weights import write_json
 from lora import DECODER_TARGETS, VISION_TARGETS, adapter_tensors, add_lora
+from output_files import check_directory, locked, write_file
 from qwen2vl import Qwen2VL, at_least_float32
 
 logger = logging.getLogger("qwen2vl")
@@ -217,7 +223,13 @@ def run(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out is the file {folder}, expected a directory")
-    command_line.check_directory(folder)
+    check_directory(folder)
+    with locked(folder):
+        run_locked(arguments, recipe, folder)
+
+
+def run_locked(arguments: argparse.Namespace, recipe: Recipe, folder: Path) -> None:
+    """Train into a directory that no other run writes meanwhile."""
     directory, processor = command_line.load_processor(arguments)
     encoder = Encoder(processor, arguments.add_vision_id, command_line.video_options(arguments))
     examples = read_examples(arguments.data, encoder, arguments.max_length)

@@ -11,6 +11,11 @@ Corners are (x,y) in thousandths of the image's width and height.
 Source: arXiv 2409.12191, section 2.2.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import math
 import re
@@ -23,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 import command_line
 from generate import choose_generation_config, generate
 from media import load_image, to_rgb
+from output_files import write_file
 
 GRID = 1000  # coordinates run from 0 to this
 # Kind, content and end token; that is "" where another special token or nothing follows.
@@ -129,19 +135,19 @@ def draw(image: Image.Image, boxes: list[Box]) -> Image.Image:
 
 
 def check_image_path(path: str) -> None:
-    """Raise ValueError for a suffix of no image format, FileNotFoundError for no directory."""
+    """Raise ValueError for a suffix of no image format."""
     image_format = Image.registered_extensions().get(Path(path).suffix.lower())
     if image_format not in Image.SAVE:
         raise ValueError(
             f"cannot write {path}: expected the suffix of an image format, such as .png"
         )
-    command_line.check_directory(path)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the question, print the answer and its boxes, and write the drawing."""
     if arguments.out is not None:
         check_image_path(arguments.out)
+        command_line.check_output_options(arguments)
     session = command_line.open_session(arguments)
     config = choose_generation_config(arguments, session.model)
     tokenizer = session.processor.tokenizer
@@ -157,15 +163,14 @@ def run(arguments: argparse.Namespace) -> None:
         warnings.warn(f"the answer has no box, so {arguments.out} is not written", stacklevel=2)
         return
     drawing = draw(load_image(arguments.media[0]["image"], session.processor.limits), boxes)
-    with command_line.naming(arguments.out):
-        drawing.save(arguments.out)
+    write_file(arguments.out, drawing.save, arguments.force)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line.build_parser(
         "Find objects in one image and print their boxes in pixels.", "python -m apps.grounding"
     )
-    parser.add_argument("--out", metavar="FILE", help="draw the boxes into a copy of the image")
+    command_line.add_output_options(parser, "FILE", "draw the boxes into a copy of the image")
     arguments = command_line.parse_arguments(parser, argv)
     if [item["type"] for item in arguments.media] != ["image"]:
         parser.error("expected exactly one --image and no --video")

@@ -6,6 +6,11 @@ The probabilities are the model's own, the softmax of its logits in at least flo
 repetition penalty, temperature, top-k and top-p change them for sampling. Logarithms are natural.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import math
 from typing import NamedTuple

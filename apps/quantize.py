@@ -12,6 +12,11 @@ the head as well while it is loaded.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 from pathlib import Path
 
@@ -19,18 +24,20 @@ import command_line
 import linear
 from checkpoint_files import find_checkpoint, find_packing
 from hub import SETTINGS
-from load_weights import load_model, save_model, write_file
+from load_weights import load_model, save_model
+from output_files import check_directory, write_file
 
 # Written by `save_model`, or about the weights of the original.
 NOT_COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
 def check_output(path: Path) -> None:
-    """Raise FileExistsError if a path is anything but an empty directory."""
+    """Raise FileExistsError for anything but an empty directory, OSError where none can be made."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"{path} exists: expected a new or empty directory for --out")
+    check_directory(path)
 
 
 def copy_settings(source: Path, target: Path) -> list[str]:

@@ -12,6 +12,11 @@ kernel the counter does not know. Times include the forward hooks, and on CUDA a
 synchronization around each module.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    import startup
+
+    startup.begin()
+
 import argparse
 import re
 import textwrap

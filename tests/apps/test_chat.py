@@ -433,6 +433,28 @@ def test_main_refuses_a_closed_stdin(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("apps.chat: stdin is closed")
 
 
+def test_main_answers_its_prompt_where_stdin_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert chat_app.main(["--quiet", "--prompt", "How many?", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_main_ends_where_stdin_cannot_be_read(monkeypatch, tmp_path, capsys):
+    """Not with the same error for ever."""
+    with open(tmp_path / "a", "w") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert chat_app.main(["--quiet"]) == 2
+    assert capsys.readouterr().err == "apps.chat: cannot read stdin: not readable\n"
+
+
+def test_console_loses_only_a_line_that_is_too_long(converse, monkeypatch):
+    monkeypatch.setattr(chat_app, "MAX_LINE", 50)
+    written = converse("x" * 5000, "y" * 51, "z" * 50, "/exit")
+    sentence = "a line of stdin has more than 50 characters"
+    assert written.err.splitlines() == [sentence, sentence]
+    assert written.out.count("\n") == 1
+
+
 def test_main_refuses_debug_nan_with_cuda_graph(capsys):
     with pytest.raises(SystemExit) as exit_info:
         chat_app.main(["--cuda-graph", "--debug-nan"])
@@ -527,9 +549,9 @@ def test_save_overwrites_nothing(converse):
     Path("chat.json").write_text("mine")
     written = converse("hello", "/save chat.json", "/save missing/chat.json", "/save .")
     assert written.err.splitlines() == [
-        "cannot write chat.json: File exists",
-        "cannot write missing/chat.json: No such file or directory",
-        "cannot write .: File exists",
+        "chat.json exists: expected a new file for /save",
+        "cannot write missing/chat.json: there is no directory missing",
+        "/save is ., expected a file",
     ]
     assert Path("chat.json").read_text() == "mine"
 

@@ -29,7 +29,7 @@ def compute(tmp_path, capsys):
 
     def compute(*options):
         out = tmp_path / "vectors.npz"
-        assert embed_app.main([*map(str, options), "--out", str(out), *FLOAT32]) == 0
+        assert embed_app.main([*map(str, options), "--force", "--out", str(out), *FLOAT32]) == 0
         written = np.load(out)  # without pickles
         assert written["vectors"].dtype == np.float32
         vectors = dict(zip(written["names"].tolist(), written["vectors"], strict=True))
@@ -199,7 +199,7 @@ def test_bad_lines_cost_a_warning_each(compute, tmp_path):
         (["--input", "empty.txt", "--out", "x.npz"], "empty.txt holds no line that can be used"),
         (["--text", "x", "--out", "missing/x.npz"], "there is no directory missing"),
         (["--text", "x", "--out", "."], "--out is ., expected a file"),
-        (["--input", "empty.txt", "--out", "empty.txt"], "--out is the file of the inputs"),
+        (["--input", "empty.txt", "--out", "empty.txt"], "--out is empty.txt, which is an input"),
     ],
 )
 def test_what_a_user_can_fix_is_one_sentence(options, sentence, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from command_line import build_messages, build_parser, check_directory, parse_arguments, run_main
+import command_line
+from command_line import build_messages, build_parser, parse_arguments, run_main
 
 QUIET = argparse.Namespace(quiet=True)
 
@@ -56,8 +57,37 @@ def test_run_main_does_not_hide_a_bug():
         run_main("apps.test", lambda arguments: 1 / 0, QUIET)
 
 
-def test_check_directory_names_the_missing_directory(tmp_path):
-    check_directory(tmp_path / "page.html")
-    check_directory("page.html")
-    with pytest.raises(FileNotFoundError, match=r"there is no directory .*missing"):
-        check_directory(tmp_path / "missing" / "page.html")
+def out_arguments(*options):
+    """Return the options of a program with --out and --force."""
+    parser = build_parser("")
+    command_line.add_output_options(parser, "FILE", "what is written")
+    return parse_arguments(parser, list(options))
+
+
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_check_output_options_refuses_an_input(prefix, tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(b"x")
+    options = ["--image", f"{prefix}{image}", "--out", str(image), "--force"]
+    with pytest.raises(ValueError, match=r"--out is .*a\.png, which is an input"):
+        command_line.check_output_options(out_arguments(*options))
+
+
+@pytest.mark.parametrize("option", ["--model", "--processor"])
+def test_check_output_options_refuses_a_file_of_a_checkpoint(option, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    options = ["--prompt", "x", option, str(tmp_path), "--out", str(config), "--force"]
+    with pytest.raises(ValueError, match="which is an input"):
+        command_line.check_output_options(out_arguments(*options))
+    options[-2] = str(tmp_path / "new.png")
+    command_line.check_output_options(out_arguments(*options))
+
+
+def test_check_output_options_needs_force_for_a_file_that_exists(tmp_path):
+    path = tmp_path / "boxes.png"
+    path.write_bytes(b"x")
+    with pytest.raises(FileExistsError, match=r"boxes\.png exists: .* --force"):
+        command_line.check_output_options(out_arguments("--prompt", "x", "--out", str(path)))
+    command_line.check_output_options(out_arguments("--prompt", "x", "--out", str(path), "--force"))
+    command_line.check_output_options(out_arguments("--prompt", "x"))

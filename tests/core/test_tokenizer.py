@@ -28,6 +28,7 @@ from real_vocabulary import (
 from texts import IDS, TEXTS
 from transformers import Qwen2Tokenizer
 
+import chat_template
 from chat_template import BUILT_IN_TEMPLATES, ChatTemplate, is_built_in_template
 from conversations import content_kind
 from json_files import read_json
@@ -1363,3 +1364,43 @@ def test_add_tokens_refuses_what_is_no_text(tokens, tmp_path):
     tokenizer = Tokenizer.from_pretrained(build_small_tokenizer(tmp_path))
     with pytest.raises(ValueError, match="tokens: expected non-empty strings, got"):
         tokenizer.add_tokens(tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "{% set x = range(100) %}{% for a in x %}{% for b in x %}{% endfor %}{% endfor %}",
+            "its loops exceed 1,000 steps",
+        ),
+        (
+            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+            "{{ f(50) }}",
+            "its loops exceed 1,000 steps",
+        ),
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}"
+            "{% endfor %}",
+            "a text exceeds",
+        ),
+        (
+            "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}"
+            "{% endfor %}",
+            "a text exceeds",
+        ),
+    ],
+)
+def test_chat_template_bounds_nested_loops_and_doubled_texts(text, sentence, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_LOOP_STEPS", 1000)
+    monkeypatch.setattr(chat_template, "MAX_PROMPT_CHARACTERS", 10_000)
+    template = ChatTemplate(text, "folder/chat_template.jinja")
+    with pytest.raises(ValueError, match=f"folder/chat_template.jinja cannot be rend.*{sentence}"):
+        template.render([{"role": "user", "content": "x"}])
+
+
+def test_chat_template_joins_and_adds_as_jinja_does():
+    text = "{{ messages[0].content ~ 1 ~ none ~ missing }}{{ 'a' + 'b' }}{{ 1 + 2 }}"
+    text += "{% macro g(a) %}{{ a }}{{ caller() }}{% endmacro %}{% call g(7) %}c{% endcall %}"
+    text += "{% for m in messages %}{{ loop.index }}{% else %}none{% endfor %}"
+    rendered = ChatTemplate(text, "x").render([{"role": "user", "content": "x"}])
+    assert rendered == "x1Noneab37c1"
