@@ -1,6 +1,7 @@
 """Each program that loads a checkpoint: memory that does not suffice, and numbers that overflow."""
 
 import importlib
+import io
 import json
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def main(tmp_path, monkeypatch):
     content = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "x"}]
     question = json.dumps([{"role": "user", "content": content}])
     (tmp_path / "questions.jsonl").write_text(question)
-    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends after its --prompt
 
     def run(program, *options):
         places = {"questions": tmp_path / "questions.jsonl", "out": tmp_path / "out"}
