@@ -1,6 +1,10 @@
 """Fixtures and settings that several test modules share."""
 
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import sys
+import types
 
 import helpers
 import pytest
@@ -16,6 +20,50 @@ from preprocess import Processor
 # `--hypothesis-profile=default` draws new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+class SkippingModule(types.ModuleType):
+    """A module in the place of one that is not installed: what uses it is skipped."""
+
+    __file__ = None
+    __path__ = ()
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return SkippingModule(f"{self.__name__}.{name}")
+
+    def __call__(self, *arguments, **options):
+        pytest.skip(f"{self.__name__} is not installed")
+
+
+class ReferenceFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Find transformers and its submodules where it is not installed.
+
+    So that the tests run with versions of other packages that it cannot be installed with.
+    """
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] != "transformers":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec):
+        return SkippingModule(spec.name)
+
+    def exec_module(self, module):
+        pass
+
+
+if importlib.util.find_spec("transformers") is None:
+    sys.meta_path.append(ReferenceFinder())
+
+
+def pytest_report_header():
+    """Return the line that says that the reference is missing."""
+    if any(isinstance(finder, ReferenceFinder) for finder in sys.meta_path):
+        return "transformers is not installed: the tests that compare with it are skipped"
+    return None
 
 
 @pytest.fixture(scope="session")
