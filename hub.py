@@ -133,6 +133,8 @@ def explain_answer(name: str, error: BaseException) -> OSError | None:
     if not isinstance(error, errors.HfHubHTTPError):
         return None
     status = getattr(error.response, "status_code", None)
+    if status is None:  # in huggingface_hub 0, what is not in the cache is such an error, too
+        return None
     if status in (401, 403):
         return OSError(
             f"{missing} the hub refuses access ({status}): run `hf auth login` or set HF_TOKEN to "

@@ -343,10 +343,11 @@ def opened(
     max_pixels = str(2 * limits.max_frame_pixels + 2**16)  # decoders count their padding, too
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     options["max_pixels"] = max_pixels  # where FFmpeg decodes a frame to find its format
-    # Metadata is not used, so text that is not UTF-8 does not matter.
-    with av.open(
-        place, "r", options=options, metadata_errors="replace", timeout=STALL_SECONDS
-    ) as container:
+    arguments: dict[str, Any] = {"options": options, "timeout": STALL_SECONDS}
+    if int(av.__version__.partition(".")[0]) < 19:
+        # Metadata is not used, so text that is not UTF-8 does not matter. PyAV 19 accepts it.
+        arguments["metadata_errors"] = "replace"
+    with av.open(place, "r", **arguments) as container:
         stream = best_stream(container, name)
         check_frame_pixels(stream.width, stream.height, name, limits)
         decoder = alpha_decoder(stream) or stream.codec_context

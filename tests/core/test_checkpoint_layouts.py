@@ -281,12 +281,13 @@ def test_load_model_keeps_a_head_that_differs(tied, published, write, tmp_path):
 @pytest.mark.parametrize("layout", [flat, nested])
 def test_load_model_removes_a_prefix_that_all_names_share(prefix, layout, published, write):
     folder = write(*layout(*published))
-    expected = load_model(folder, "cpu")
+    # Copied: old versions of safetensors write into the file that the parameters are mapped from.
+    expected = [parameter.clone() for parameter in load_model(folder, "cpu").parameters()]
     weights = load_file(folder / "model.safetensors")
     save_file({prefix + name: t for name, t in weights.items()}, folder / "model.safetensors")
     with pytest.warns(UserWarning, match="the prefix is removed"):
         ours = load_model(folder, "cpu")
-    for (name, found), wanted in zip(ours.named_parameters(), expected.parameters(), strict=True):
+    for (name, found), wanted in zip(ours.named_parameters(), expected, strict=True):
         assert torch.equal(found, wanted), name
 
 
