@@ -36,6 +36,8 @@ class SkippingModule(types.ModuleType):
     def __call__(self, *arguments, **options):
         pytest.skip(f"{self.__name__} is not installed")
 
+    __getitem__ = __sub__ = __iter__ = __call__
+
 
 class ReferenceFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Find transformers and its submodules where it is not installed.

@@ -21,6 +21,7 @@ import argparse
 import datetime
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in arguments.environments:
         if name not in ENVIRONMENTS:
             parser.error(f"expected environments among {', '.join(ENVIRONMENTS)}, got {name}")
+    # A shell starts background jobs with SIGINT ignored, which children inherit; the tests send it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lines = []
     all_held = True
     with tempfile.TemporaryDirectory() as temporary:
