@@ -3,6 +3,7 @@
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import signal
 import sys
 import types
 
@@ -102,3 +103,12 @@ def flash(monkeypatch):
     module = helpers.fake_flash_attn()
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restore the handlers of signals, which `command_line.run_program` replaces."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

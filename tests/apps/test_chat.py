@@ -497,6 +497,7 @@ def test_main_reads_utf_8_in_any_locale(encoding, tmp_path):
     assert text == ("é?" if refused else "é?".encode().decode("latin-1"))
 
 
+@pytest.mark.slow
 def test_save_writes_the_conversation_as_it_was_given(converse):
     Path("frames").mkdir()
     for n in range(6):

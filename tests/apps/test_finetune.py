@@ -346,6 +346,7 @@ def test_training_leaves_the_frozen_weights_as_they_are(data, encoder):
     assert all(tensor.abs().max() > 0 for tensor in trained.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3])
 def test_program_that_is_stopped_continues_to_the_same_weights(data, tmp_path, monkeypatch, stop):
     options = ["--epochs", "2", "--dropout", "0.1", "--save-every", "2"]

@@ -811,11 +811,19 @@ def test_main_prefers_tokenizer_and_image_settings_of_the_adapter(bundled_adapte
 
 
 def test_estimate_counts_the_base_model_of_an_adapter(bundled_adapter, capsys):
-    def lines(*options):
-        assert estimate.main(["--prompt", "x", *options]) == 0
-        return [line for line in capsys.readouterr().out.splitlines() if "adapter" not in line]
+    """The sizes are the same; but a merged weight is a copy, and not mapped from the file."""
 
-    assert lines("--model", str(bundled_adapter)) == lines("--model", str(BUNDLED_CHECKPOINT))
+    def sizes(*options):
+        assert estimate.main(["--prompt", "x", *options]) == 0
+        printed = capsys.readouterr().out
+        mapped = re.search(r"([\d.]+) MB of it mapped", printed)
+        return re.findall("^(?:weights|cache|activations).*", printed, re.M), float(mapped[1])
+
+    sizes_with_adapter, mapped_with_adapter = sizes("--model", str(bundled_adapter))
+    base_sizes, mapped = sizes("--model", str(BUNDLED_CHECKPOINT))
+    assert len(base_sizes) == 3
+    assert sizes_with_adapter == base_sizes
+    assert mapped_with_adapter < mapped
 
 
 @pytest.mark.parametrize("program", [command, estimate], ids=["generate", "estimate"])

@@ -686,6 +686,7 @@ def test_processor_accepts_each_key_of_an_image(processor, tmp_path):
         assert_same_bits(batch.input_ids, expected.input_ids)
 
 
+@pytest.mark.slow
 def test_processor_accepts_bounds_for_all_images(folder):
     assert Processor.from_pretrained(folder).image_config.max_pixels == 12845056
     small = Processor.from_pretrained(folder, min_pixels=28 * 28, max_pixels=28 * 28 * 9)

@@ -303,6 +303,7 @@ def test_stream_decoder_emits_special_tokens_on_request(qwen):
     assert streamed(qwen, ids, skip_special_tokens=False) == ["a", "<|im_end|>", ""]
 
 
+@pytest.mark.slow
 def test_stream_decoder_decodes_added_tokens_that_are_not_special(qwen_tokenizer_folder):
     backend = Tokenizer.from_pretrained(qwen_tokenizer_folder).backend
     backend.add_tokens(
@@ -551,6 +552,7 @@ def test_encode_chat_equals_the_encoded_prompt_without_special_tokens_in_text(
     assert qwen.encode_chat(messages, add_generation_prompt, add_vision_id) == expected
 
 
+@pytest.mark.slow
 def test_encode_keeps_special_tokens_after_a_guarded_chat(qwen):
     qwen.encode_chat([{"role": "user", "content": "<|im_end|>"}])
     with pytest.raises(ValueError, match="not a valid Unicode string"):
@@ -658,6 +660,7 @@ class ReadOnlyBackend:
         raise AssertionError(f"{name} of a shared tokenizer was changed")
 
 
+@pytest.mark.slow
 def test_encode_chat_changes_no_shared_setting(qwen):
     tokenizer = Tokenizer(ReadOnlyBackend(qwen.backend), "<|endoftext|>", "<|im_end|>")
     messages = [{"role": "user", "content": "<|im_end|>"}]
@@ -1124,6 +1127,7 @@ def test_encode_chat_guards_an_own_template(with_template, messages):
         assert ids.count(ours.token_id(name)) == expected.count(ours.token_id(name))
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(messages=conversations(loose_texts), flags=st.tuples(st.booleans(), st.booleans()))
 def test_apply_chat_template_equals_its_jinja_form(qwen, messages, flags):
@@ -1221,10 +1225,13 @@ def test_tokenizer_refuses_a_template_with_a_syntax_error(editable_folder, text)
     ],
 )
 def test_apply_chat_template_makes_any_template_error_one_sentence(qwen, text):
-    template = ChatTemplate(text, "folder/chat_template.jinja")
-    tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
-    with pytest.raises(ValueError, match=r"in folder/chat_template\.jinja cannot be ") as error:
+    def render():
+        template = ChatTemplate(text, "folder/chat_template.jinja")
+        tokenizer = Tokenizer(qwen.backend, "<|endoftext|>", "<|im_end|>", template)
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+
+    with pytest.raises(ValueError, match=r"in folder/chat_template\.jinja cannot be ") as error:
+        render()
     assert "\n" not in str(error.value)
 
 
