@@ -23,7 +23,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from apps import finetune
-from apps.finetune import Recipe, Trainer, answer_loss, save_adapter
+from apps.finetune import save_adapter
+from apps.training import Recipe, Trainer, answer_loss
 from apps.training_data import IGNORED, Encoder, read_examples
 from chat_template import ChatTemplate
 from command_line import BUNDLED_CHECKPOINT
