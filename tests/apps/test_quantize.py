@@ -7,6 +7,7 @@ import pytest
 import torch
 from packed_checkpoints import Variant, read_gptq, write_packed
 from safetensors.torch import load_file
+from transformers import Qwen2VLForConditionalGeneration
 
 import generate
 import linear
@@ -112,3 +113,23 @@ def test_quantize_names_a_checkpoint_that_is_missing(tmp_path, capsys):
 def test_quantized_head_stays_plain(tmp_path):
     assert run(tmp_path) == 0
     assert type(load_model(tmp_path, "cpu").lm_head) is linear.Linear
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_opens_a_quantized_directory(bits, tmp_path):
+    """With gptqmodel, which `pip install gptqmodel optimum` brings; the test is skipped without."""
+    pytest.importorskip("gptqmodel")
+    pytest.importorskip("optimum")
+    out = tmp_path / "quantized"
+    assert run(out, bits=bits) == 0
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(
+        out, dtype=torch.bfloat16, device_map="cpu"
+    )
+    assert "gptqmodel" in type(theirs.model.language_model.layers[0].mlp.up_proj).__module__
+    ours = load_model(out, "cpu", torch.bfloat16)
+    input_ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = theirs(input_ids=input_ids).logits.float()
+        logits = ours(input_ids).float()
+    assert (logits - expected).abs().max() < 0.02 * expected.abs().max()
