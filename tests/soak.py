@@ -18,9 +18,8 @@ times in a phase. The first third is the warm-up. Over the rest, growth is the s
 Flat is: at most 8 MB of memory, at most half an object per item, and not one open file or thread
 more than in the warm-up. Times are CPU seconds, reported and not judged.
 
-Sizes of images repeat after the warm-up, as PyTorch's CPU library (oneDNN) keeps what it has
-compiled for each new shape of a matmul, about 1 MB for an image of a new size with this model,
-until its caches hold 1,024 of them. ONEDNN_PRIMITIVE_CACHE_CAPACITY sets a smaller number.
+Sizes of images repeat after the warm-up, as each new size adds about 1 MB with this model: in part
+what oneDNN compiles for new shapes, which ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 turns off.
 
 The chat grows by design. Its cache may take at most twice what apps.estimate counts for its tokens,
 as it doubles when it is full; the memory of the process may grow by at most 1.5 times the cache
