@@ -30,6 +30,7 @@ import startup
 from adapters import find_adapters
 from checkpoint_checks import check_eos_token_ids
 from checkpoint_files import check_supported, find_checkpoint
+from conversations import content_kind
 from debug_nan import watch_modules
 from load_weights import (
     checkpoint_dtype,
@@ -356,6 +357,25 @@ def video_options(arguments: argparse.Namespace) -> dict:
     if arguments.nframes is not None:
         options["nframes"] = arguments.nframes
     return options
+
+
+def read_media(processor: Processor, messages: list[dict], options: dict) -> list[dict]:
+    """Return messages with their images and videos read.
+
+    options: those of videos that have no rate of their own. Raises what `Processor.prepare` raises.
+    """
+    result = []
+    for message in messages:
+        items = []
+        for item in message["content"]:
+            kind = content_kind(item)
+            if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
+                item = item | options
+            if kind != "text":
+                item = {"type": kind, kind: processor.prepare(item)}
+            items.append(item)
+        result.append(message | {"content": items})
+    return result
 
 
 def media_limits(arguments: argparse.Namespace) -> MediaLimits:

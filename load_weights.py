@@ -56,11 +56,25 @@ MAX_WARNINGS = 5  # about unknown fields of one file
 # Fields of config.json that are no fields of our two classes: read under
 # another name, or without effect here.
 OTHER_FIELDS = {
-    "text_config", "rope_parameters", "layer_types", "in_chans", "architectures", "auto_map",
-    "dtype", "torch_dtype", "_name_or_path", "initializer_range", "model_type",
-    "spatial_patch_size", "transformers_version", "use_cache",
-    "vision_token_id", "quantization_config", "quantization", "compression_config",
-}  # fmt: skip
+    "text_config",
+    "rope_parameters",
+    "layer_types",
+    "in_chans",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "initializer_range",
+    "model_type",
+    "spatial_patch_size",
+    "transformers_version",
+    "use_cache",
+    "vision_token_id",
+    "quantization_config",
+    "quantization",
+    "compression_config",
+}
 
 
 def load_config(folder: str | Path) -> Config:

@@ -66,7 +66,7 @@ from generate import (
 from output_files import check_output, locked, write_file
 from preprocess import Processor
 from qwen2vl import Qwen2VL
-from tokenizer import StreamDecoder, content_kind
+from tokenizer import StreamDecoder
 
 logger = logging.getLogger("qwen2vl")
 
@@ -260,10 +260,7 @@ class Reader:
         if not messages:
             raise ValueError("expected a list of messages, got an empty one")
         self.check_text(messages)
-        prepared = []
-        for message in messages:
-            items = [self.read_item(item) for item in message["content"]]
-            prepared.append(message | {"content": items})
+        prepared = command_line.read_media(self.processor, messages, self.video_options)
         batch = self.processor([prepared], add_vision_id=self.add_vision_id)
         length = batch.input_ids.shape[1]
         patches = sum(len(media.patches) for media in batch.media)
@@ -287,15 +284,6 @@ class Reader:
                 f"the text has {count:,} tokens, but the model is trained for "
                 f"{self.max_text_tokens:,}"
             )
-
-    def read_item(self, item: dict) -> dict:
-        """Return a content item with its image or video read."""
-        kind = content_kind(item)
-        if kind == "text":
-            return item
-        if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
-            item = item | self.video_options
-        return {"type": kind, kind: self.processor.prepare(item)}
 
     def complete(self, group: list[Question]) -> list[Question]:
         """Return a group with the lines read that an earlier run has answered.

@@ -41,7 +41,7 @@ from torch import Tensor
 
 import command_line
 import memory
-from conversations import content_kind, read_conversation
+from conversations import read_conversation
 from errors import first_line
 from output_files import check_output, write_file
 from preprocess import Batch, Processor
@@ -116,24 +116,13 @@ def make_messages(content: dict, arguments: argparse.Namespace) -> Input:
     return str(name), messages
 
 
-def read_item(item: dict, options: dict, processor: Processor) -> dict:
-    """Return a content item with its image or video read; options: of a video without its own."""
-    kind = content_kind(item)
-    if kind == "text":
-        return item
-    if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
-        item = options | item
-    return {"type": kind, kind: processor.prepare(item)}
-
-
 def read_input(content: object, arguments: argparse.Namespace, processor: Processor) -> Input:
     """Return an input with its media read. Raises OSError or ValueError."""
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, got {type(content).__name__}")
     name, messages = make_messages(content, arguments)
     options = command_line.video_options(arguments)
-    for message in messages:
-        message["content"] = [read_item(item, options, processor) for item in message["content"]]
+    messages = command_line.read_media(processor, messages, options)
     processor([messages])  # raises what is wrong with this input alone
     return name, messages
 

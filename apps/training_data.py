@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conversations import content_kind, read_conversation
+import command_line
+from conversations import read_conversation
 from errors import first_line
 from preprocess import Processor
 from tokenizer import IM_END
@@ -49,18 +50,7 @@ class Encoder:
 
     def read_media(self, messages: list[dict]) -> list[dict]:
         """Return messages with each image and video read."""
-        result = []
-        for message in messages:
-            items = []
-            for item in message["content"]:
-                kind = content_kind(item)
-                if kind == "video" and item.get("fps") is None and item.get("nframes") is None:
-                    item = item | self.video_options
-                if kind != "text":
-                    item = {"type": kind, kind: self.processor.prepare(item)}
-                items.append(item)
-            result.append(message | {"content": items})
-        return result
+        return command_line.read_media(self.processor, messages, self.video_options)
 
     def encode(self, messages: list[dict], add_generation_prompt: bool = False) -> np.ndarray:
         """Return the token ids [S] of messages whose media have been read."""
