@@ -114,7 +114,7 @@ def row_chunks(rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
 
     On a GPU launches cost more. A meta tensor has no values to work on.
     """
-    size = {"cuda": 4096, "meta": rows}.get(device.type, 256)
+    size = {"cuda": 4096, "meta": rows}.get(device.type, 64)
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
 
@@ -191,11 +191,10 @@ class Int8Linear(QuantizedLinear):
     def from_linear(cls, linear: nn.Linear) -> Int8Linear:
         """Return a layer with the weights of a plain one rounded to steps of the largest / 127."""
         weight = linear.weight.detach()
-        chunks = []
+        numbers = torch.empty_like(weight, dtype=torch.int8)
+        scales = weight.new_empty(len(weight), dtype=torch.bfloat16)
         for start, stop in row_chunks(len(weight), weight.device):
-            chunks.append(cls.quantize(weight[start:stop].float()))
-        numbers = torch.cat([chunk[0] for chunk in chunks])
-        scales = torch.cat([chunk[1] for chunk in chunks])
+            numbers[start:stop], scales[start:stop] = cls.quantize(weight[start:stop].float())
         return cls(numbers, scales, linear.bias)
 
     @staticmethod
