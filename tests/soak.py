@@ -50,11 +50,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from apps import estimate
 from apps.chat import Chat
 from command_line import BUNDLED_CHECKPOINT
 from generate import GenerationConfig, generate
 from load_weights import load_model
+from memory import Run, cache_size
 from preprocess import Processor
 from tests.clips import draw_frames, encode
 
@@ -287,10 +287,10 @@ class Soak:
 
     def cache_estimate(self, chat: Chat) -> int:
         """Return the bytes that apps.estimate counts for the cache of all turns so far."""
-        run = estimate.Run(
+        run = Run(
             self.model.config, torch.device("cpu"), torch.float32, max_new_tokens=new_tokens(chat)
         )
-        return estimate.cache_size(run, self.processor(chat.messages)).bytes
+        return cache_size(run, self.processor(chat.messages)).bytes
 
     def chat(self, turns: int) -> tuple[Samples, list[str]]:
         """Hold one long chat; return its samples, and what its memory did not keep to."""

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import generate
-from apps.estimate import Run, weights_size
 from load_weights import pack_linears
+from memory import Run, count_weights
 from packed_weights import Packing
 from qwen2vl import Config, KVCache, VisionConfig
 
@@ -183,9 +183,9 @@ def test_readme_gives_the_memory_of_published_checkpoints(size):
     held = []
     for quantize in (None, "int8", "int4"):
         run = Run(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, quantize=quantize)
-        held.append(weights_size(run).bytes / 1e9)
-    run = Run.from_config(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, pack=pack_awq)
-    held.append(weights_size(run).bytes / 1e9)
+        held.append(count_weights(run).total / 1e9)
+    run = Run(PUBLISHED[size], torch.device("cpu"), torch.bfloat16, pack=pack_awq)
+    held.append(count_weights(run).total / 1e9)
     with torch.device("meta"):
         cache = KVCache(PUBLISHED[size], batch_size=1, max_length=1000, dtype=torch.bfloat16)
     room = cache.keys.nbytes + cache.values.nbytes
