@@ -10,7 +10,6 @@ Source: the published checkpoints, and the directories that transformers 4.45, 4
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 import reprlib
 import warnings
@@ -42,7 +41,7 @@ from checkpoint_files import (
 from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
 from errors import first_line, printable
 from json_files import read_json
-from output_files import write_file
+from output_files import write_file, write_json
 from packed_weights import Grouping, Packing, gptq_config, pack_gptq
 from qwen2vl import Config, Qwen2VL, VisionConfig
 
@@ -703,9 +702,3 @@ def pack_layer(name: str, layer: linear.QuantizedLinear) -> dict[str, torch.Tens
         return pack_gptq(layer.unpack(), layer.groups(), layer.grouping().bits)
     except ValueError as error:
         raise ValueError(f"{name} cannot be saved: {error}") from error
-
-
-def write_json(path: Path, values: dict) -> None:
-    """Write a JSON file, whole or not at all."""
-    text = json.dumps(values, indent=2) + "\n"
-    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

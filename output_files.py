@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -104,6 +105,12 @@ def write_file(path: str | Path, write: Callable[[Path], object], replace: bool 
         raise OSError(f"cannot write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict, ensure_ascii: bool = True) -> None:
+    """Write a JSON file by `write_file`. ensure_ascii: escape all characters beyond ASCII."""
+    text = json.dumps(values, indent=2, ensure_ascii=ensure_ascii) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def rename(temporary: Path, target: Path, replace: bool) -> None:

@@ -26,6 +26,7 @@ import tokenizers
 from chat_template import ChatTemplate, find_chat_template, is_built_in_template
 from conversations import content_items, content_kind
 from json_files import has_file, read_optional_json
+from output_files import write_json
 from tokenizer_files import (
     END_OF_TEXT,
     AddedToken,
@@ -272,10 +273,8 @@ class Tokenizer:
         config["added_tokens_decoder"] = entries
         config["eos_token"] = self.eos_token
         config["pad_token"] = self.pad_token
-        config_text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(config_text, encoding="utf-8")
-        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", config, ensure_ascii=False)
+        write_json(folder / "tokenizer.json", description, ensure_ascii=False)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Special tokens in it, such as `<|im_end|>`, become their ids.

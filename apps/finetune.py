@@ -33,9 +33,8 @@ import command_line
 from apps.training import Recipe, Trainer
 from apps.training_data import Encoder, Example, read_examples
 from errors import first_line
-from load_weights import write_json
 from lora import DECODER_TARGETS, VISION_TARGETS, adapter_tensors, add_lora
-from output_files import check_directory, locked, write_file
+from output_files import check_directory, locked, write_file, write_json
 from qwen2vl import Qwen2VL
 
 logger = logging.getLogger("qwen2vl")
