@@ -452,7 +452,8 @@ def open_session(arguments: argparse.Namespace) -> Session:
     seconds = time.perf_counter() - start
     for media in batch.media:
         logger.info(media.summary(processor.image_config))
-    model = load_checkpoint(arguments, directory, processor, batch)
+    run = checked_run(arguments, directory)
+    model = load_checkpoint(arguments, directory, processor, run, batch)
     return Session(processor, batch, model, seconds)
 
 
@@ -504,10 +505,9 @@ def check_processor(processor: Processor, source: Path, directory: Path) -> None
         ) from error
 
 
-def open_run(arguments: argparse.Namespace, directory: Path, processor: Processor) -> memory.Run:
+def open_run(arguments: argparse.Namespace, directory: Path) -> memory.Run:
     """Return the run that the options describe. Raises OSError or ValueError as loading does."""
     config = load_config(directory)
-    processor.check_model(config)
     if arguments.dtype is None:
         dtype = checkpoint_dtype(directory)
     else:
@@ -521,9 +521,7 @@ def open_run(arguments: argparse.Namespace, directory: Path, processor: Processo
     return run
 
 
-def checked_run(
-    arguments: argparse.Namespace, directory: Path, processor: Processor
-) -> memory.Run | None:
+def checked_run(arguments: argparse.Namespace, directory: Path) -> memory.Run | None:
     """Return the run that the memory check is for, None with --no-memory-check.
 
     For a program at its start: what loading warns of is not said here, and the filter of warnings
@@ -533,21 +531,22 @@ def checked_run(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return open_run(arguments, directory, processor)
+        return open_run(arguments, directory)
 
 
 def load_checkpoint(
     arguments: argparse.Namespace,
     directory: Path,
     processor: Processor,
+    run: memory.Run | None,
     batch: Batch | None = None,
 ) -> Qwen2VL:
     """Return the model that the options describe; a status line says how long it took.
 
-    batch: the first one that it answers, so that memory which cannot suffice is named before the
-    weights are loaded. Raises OSError or ValueError.
+    run: of `checked_run`, so that memory which cannot suffice is named before the weights are
+    loaded. batch: the first one that the model answers, if it is known. Raises OSError or
+    ValueError.
     """
-    run = checked_run(arguments, directory, processor)
     if run is not None:
         memory.check_weights_and_batch(run, batch)
     start = time.perf_counter()

@@ -482,7 +482,8 @@ def run_locked(arguments: argparse.Namespace) -> None:
     """Load the model and answer the file, whose answers no other run writes meanwhile."""
     read_answers(arguments.out)  # what is no file of answers is refused before a model is loaded
     directory, processor = command_line.load_processor(arguments)
-    model = command_line.load_checkpoint(arguments, directory, processor)
+    memory_run = command_line.checked_run(arguments, directory)
+    model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
     answerer = Answerer(
         model,
         processor,
@@ -490,7 +491,7 @@ def run_locked(arguments: argparse.Namespace) -> None:
         arguments.max_new_tokens,
         arguments.add_vision_id,
         choose_decode_step(arguments, model),
-        command_line.checked_run(arguments, directory, processor),
+        memory_run,
     )
     answer_file(
         answerer,

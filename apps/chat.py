@@ -414,7 +414,8 @@ def run(arguments: argparse.Namespace) -> None:
     pending = []
     for item in command_line.media_items(arguments):
         pending.append(read_attachment(processor, item))
-    model = command_line.load_checkpoint(arguments, directory, processor)
+    memory_run = command_line.checked_run(arguments, directory)
+    model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
     chat = Chat(
         model,
         processor,
@@ -422,7 +423,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.max_new_tokens,
         arguments.add_vision_id,
         choose_decode_step(arguments, model),
-        command_line.checked_run(arguments, directory, processor),
+        memory_run,
     )
     chat.messages = command_line.system_messages(arguments)
     chat.pending = pending

@@ -204,8 +204,10 @@ def run(arguments: argparse.Namespace) -> None:
     first_batch = next(batches, None)
     if first_batch is None:
         raise ValueError(f"{arguments.input} holds no line that can be used")
-    model = command_line.load_checkpoint(arguments, directory, processor, first_batch[1])
-    memory_run = command_line.checked_run(arguments, directory, processor)
+    memory_run = command_line.checked_run(arguments, directory)
+    model = command_line.load_checkpoint(
+        arguments, directory, processor, memory_run, first_batch[1]
+    )
     names: list[str] = []
     computed = []
     for batch_names, batch in itertools.chain([first_batch], batches):

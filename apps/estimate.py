@@ -160,7 +160,7 @@ def estimate(arguments: argparse.Namespace) -> None:
     """Print what a run with these options takes. Raises OSError or ValueError with one sentence."""
     directory, processor = command_line.load_processor(arguments, weights=False)
     process = process_size()
-    run = command_line.open_run(arguments, directory, processor)
+    run = command_line.open_run(arguments, directory)
     if arguments.questions is None:
         messages = command_line.build_messages(arguments)
         batch = processor(messages, add_vision_id=arguments.add_vision_id)

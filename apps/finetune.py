@@ -121,7 +121,8 @@ def run_locked(arguments: argparse.Namespace, recipe: Recipe, folder: Path) -> N
     if arguments.eval is not None:
         evaluation += read_examples(arguments.eval, encoder, arguments.max_length)
 
-    model = command_line.load_checkpoint(arguments, directory, processor)
+    memory_run = command_line.checked_run(arguments, directory)
+    model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
     if model.model.norm.weight.dtype == torch.float16:
         raise ValueError("float16 would lose small gradients: expected --dtype bfloat16 or float32")
     if arguments.gradient_checkpointing:
