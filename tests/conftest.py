@@ -69,6 +69,20 @@ def pytest_report_header():
     return None
 
 
+def pytest_collection_modifyitems(items):
+    """Mark as slow what opens a browser, and all tests of a `sweep` but the first."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("browser") is not None:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("sweep") is None:
+            continue
+        function = item.nodeid.partition("[")[0]
+        if function in seen:
+            item.add_marker(pytest.mark.slow)
+        seen.add(function)
+
+
 @pytest.fixture(scope="session")
 def qwen_tokenizer_folder(tmp_path_factory):
     """Return a directory with the published tokenizer files, built once per test run."""

@@ -72,6 +72,7 @@ def unpack_weights(data):
 WINDOW = small_config(layers=3, use_sliding_window=True, sliding_window=7, max_window_layers=1)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "config", [*(SHAPES[n] for n in ("default", "one kv head", "like 7B", "deep")), WINDOW]
 )
@@ -126,6 +127,7 @@ def test_compute_attention_is_equal_for_each_attention_implementation(attn_imple
     assert gap(weights[0], weights[1]) < 1e-6
 
 
+@pytest.mark.slow
 @given(
     frames=st.integers(1, 5),
     tokens=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -151,6 +153,7 @@ def test_pack_weights_is_off_by_at_most_a_510th_of_the_largest():
     assert (error <= weights.amax(-1, keepdim=True).numpy() / 510 + 1e-7).all()
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("limit", "stored"), [(16, (4, 4)), (15, (4, 1)), (4, (4, 1)), (3, (1, 1))]
 )
@@ -172,6 +175,7 @@ def test_write_report_stores_means_when_too_large(
 
 
 # ----------------------------------------------------------------------------------------- the page
+@pytest.mark.sweep
 @pytest.mark.parametrize("media", CASES.values(), ids=CASES)
 def test_write_report_stores_the_numbers_of_the_model(tmp_path, tiny, processor, media):
     _, data, batch, ids = make_page(tmp_path / "page.html", tiny, processor, media)
@@ -468,6 +472,7 @@ def test_page_opens_without_errors_requests_or_horizontal_scrolling(
     assert urls, "the page itself at least"
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_page_arrow_keys_step_between_tokens(browser, pages):
     path, _, data, _, _ = pages["one image"]
@@ -627,6 +632,7 @@ def test_page_hides_heat_map_and_grid(browser, pages):
 
 
 # ------------------------------------------------------------------------------------------ program
+@pytest.mark.slow
 def test_main_writes_the_page(capsys, tmp_path):
     page = tmp_path / "page.html"
     image = str(EXAMPLES / "shapes.png")

@@ -178,6 +178,7 @@ def test_answer_file_answers_each_line_as_alone(name, size, files, request):
         assert len({record["tokens_out"] for record in records}) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4])
 def test_answer_file_draws_a_line_with_its_own_seed(size, files, random_model):
     lines = [MIXED[1], MIXED[0], MIXED[1], MIXED[2]]
@@ -189,6 +190,7 @@ def test_answer_file_draws_a_line_with_its_own_seed(size, files, random_model):
     assert records[0]["answer"] != records[2]["answer"]
 
 
+@pytest.mark.slow
 def test_answer_file_ends_each_answer_before_a_stop_string(files, tiny):
     """`finished` is true for an answer that a stop string ends."""
     expected = files.write(MIXED).run(tiny)
@@ -229,6 +231,7 @@ def test_answer_file_writes_an_answer_before_its_group_has_ended(files, tiny, mo
     assert counts[-2] == 1
 
 
+@pytest.mark.slow
 def test_answer_file_prefers_the_options_of_a_video_to_the_programs(files, tiny):
     lines = [
         MIXED[2],
@@ -272,6 +275,7 @@ def test_answer_file_answers_where_the_terminal_is_lost(files, tiny, monkeypatch
 
 
 # ------------------------------------------------------------------------------------------- groups
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 50), max_size=60),
     size=st.integers(1, 5),
@@ -652,6 +656,7 @@ def test_main_can_be_killed_at_any_time(number, returncode, files, tiny, monkeyp
             server.shutdown()
 
 
+@pytest.mark.slow
 def test_answer_file_replaces_a_half_written_record(files, tiny, capsys):
     expected = files.write(MIXED[:3]).run(tiny)
     text = files.out.read_bytes()
@@ -676,6 +681,7 @@ def test_answer_file_tries_errors_again_and_keeps_answers(files, tiny, tmp_path,
     assert sizes == [3], "an answered one is in the group of an uninterrupted run, too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
@@ -771,6 +777,7 @@ def test_parse_arguments_needs_out(files, capsys):
     assert "--out" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CUDA graph")  # a CPU has none
 def test_main_answers_the_same_with_the_captured_step(files, monkeypatch):
     caches = []

@@ -216,6 +216,7 @@ CHANGING_TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CHANGING_TEMPLATES])
 def test_ask_equals_a_fresh_run_with_a_template_that_changes_earlier_turns(name):
     template = ChatTemplate(CHANGING_TEMPLATES[name], "chat_template.jinja")
@@ -227,6 +228,7 @@ def test_ask_equals_a_fresh_run_with_a_template_that_changes_earlier_turns(name)
         assert answer == expected
 
 
+@pytest.mark.slow
 def test_ask_keeps_a_stopped_answer_as_far_as_it_came():
     chat = Chat(small_model(), PROCESSOR, GenerationConfig(), 30)
     with closing(chat.ask("What?")) as tokens:
@@ -237,6 +239,7 @@ def test_ask_keeps_a_stopped_answer_as_far_as_it_came():
     assert len(chat.messages) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 3])
 def test_ask_withdraws_a_question_that_is_interrupted(step):
     model = small_model()
@@ -266,6 +269,7 @@ def test_ask_withdraws_a_question_that_is_interrupted(step):
     assert answer == expected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the conversation has reached")
 def test_ask_doubles_the_memory_of_the_cache(monkeypatch):
     monkeypatch.setattr(generate, "INITIAL_CAPACITY", 1)
@@ -327,6 +331,7 @@ def converse(monkeypatch, capsys, tmp_path):
     return converse
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
@@ -524,6 +529,7 @@ def test_save_writes_the_conversation_as_it_was_given(converse):
         assert message == {"role": "assistant", "content": TOKENIZER.decode(ids)}
 
 
+@pytest.mark.slow
 def test_ask_continues_after_an_answer_that_a_stop_string_cut(monkeypatch):
     """The message is the text before it, and what the cache holds of the rest is not reused."""
     config = GenerationConfig(stop_strings=["lef"])
@@ -568,6 +574,7 @@ def test_save_keeps_a_file_name_that_is_not_utf_8(converse):
     assert Path(question["content"][0]["image"]).is_file()
 
 
+@pytest.mark.slow
 def test_console_attaches_media_to_the_next_question(converse):
     assert converse(HOW_MANY, options=("--quiet", "--image", "shapes.png")).out == "Four.\n"
     alone = converse(HOW_MANY).out
@@ -575,6 +582,7 @@ def test_console_attaches_media_to_the_next_question(converse):
     assert written.out == alone != "Four.\n"
 
 
+@pytest.mark.slow
 def test_console_reports_what_was_computed_unless_quiet(converse):
     lines = ("/image shapes.png", HOW_MANY, HOW_MANY, "/help")
     written = converse(*lines, options=())

@@ -76,6 +76,7 @@ def normalized(vector):
 # ----------------------------------------------------------------------------------- the numbers
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 @pytest.mark.parametrize("positions", ["mrope", "sequential"])
 def test_vectors_equal_pooled_hidden_states_of_the_reference(
@@ -118,6 +119,7 @@ def test_instruction_image_text_and_suffix_are_in_the_prompt(compute, reference)
     assert gap(vectors["a circle"], normalized(text[-1])) < 1e-5
 
 
+@pytest.mark.slow
 def test_lines_of_a_file_have_the_vectors_of_the_options(compute, tmp_path):
     inputs = ["--image", SHAPES, "--image", WIDE, "--video", VIDEO, "--text", "a circle"]
     all_frames, _ = compute("--video", VIDEO)
@@ -144,6 +146,7 @@ def test_lines_of_a_file_have_the_vectors_of_the_options(compute, tmp_path):
     assert gap(vectors["a circle"], expected["a circle"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_names_of_long_texts_are_cut(compute, tmp_path):
     vectors, _ = compute("--text", "a" * 3000, "--text", "a dog")
     assert list(vectors) == ["a" * 200, "a dog"]

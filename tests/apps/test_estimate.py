@@ -75,6 +75,7 @@ def record_run(monkeypatch, options):
     return records
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "kind",
     ["text", "one image", "two images", "video", "image and video", "--add-vision-id", "--nframes"],
@@ -131,6 +132,7 @@ def make_estimate_batch(config, conversations):
     return Batch(**{name: tensor.numpy() for name, tensor in arguments.items()})
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", ["default", "tied", "one kv head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_and_cache_are_exactly_those_of_the_run(shape, dtype, monkeypatch):
@@ -151,6 +153,7 @@ def test_weights_and_cache_are_exactly_those_of_the_run(shape, dtype, monkeypatc
     assert memory.count_weights(run).total == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantized_weights_are_exactly_those_of_the_run(quantize, capsys):
     model = load_weights.load_model(BUNDLED_CHECKPOINT, "cpu", quantize=quantize)
@@ -240,6 +243,7 @@ def test_activations_are_near_the_measured_ones(dtype, attention, tolerance, mon
         assert ratio == pytest.approx(1, abs=tolerance), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_activations_of_quantized_layers_are_near_the_measured_ones(quantize, monkeypatch):
     monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: True)

@@ -160,6 +160,7 @@ def our_gradients(model, batch):
     return loss, dict(zip(adapter_tensors(model), gradients, strict=True))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("shape", ["default", "tied", "one kv head", "real head widths"])
 def test_gradients_equal_those_of_peft(shape, checkpointing):
@@ -316,6 +317,7 @@ def logged_losses(text, kind):
     return [float(line.split("loss ")[1].split(" ")[0].rstrip(",")) for line in lines]
 
 
+@pytest.mark.slow
 def test_program_learns_and_writes_an_adapter(data, tmp_path, capsys):
     options = ["--epochs", "4", "--lr", "4e-3", "--log-every", "1", "--eval-fraction", "0.25"]
     assert program(data, tmp_path / "out", *options) == 0
@@ -368,12 +370,14 @@ def test_program_that_is_stopped_continues_to_the_same_weights(data, tmp_path, m
         assert (tmp_path / "stopped" / name).read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_program_that_has_ended_does_not_train_again(data, tmp_path, monkeypatch):
     assert program(data, tmp_path / "out") == 0
     monkeypatch.delattr(Trainer, "train_step")
     assert program(data, tmp_path / "out") == 0
 
 
+@pytest.mark.slow
 def test_batches_and_accumulated_batches_have_the_same_gradient(data, encoder):
     examples = read_examples(str(data / "data.jsonl"), encoder, None)[:3]
     assert len({example.answer_tokens for example in examples}) == 3
@@ -492,6 +496,7 @@ def test_long_conversations_are_left_out_and_counted(data, encoder, caplog):
         read_examples(path, encoder, 3)
 
 
+@pytest.mark.slow
 def test_program_refuses_to_continue_with_other_options(data, tmp_path, capsys):
     out = tmp_path / "out"
     assert program(data, out) == 0
@@ -528,6 +533,7 @@ def test_wrong_option_is_one_sentence(options, message, data, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("options", "message"),
     [

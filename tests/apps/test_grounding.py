@@ -99,6 +99,7 @@ tokens = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(box))
 def test_find_boxes_inverts_the_format_of_boxes(expected):
     text, name = "", ""
@@ -109,6 +110,7 @@ def test_find_boxes_inverts_the_format_of_boxes(expected):
     assert find_boxes(text) == expected
 
 
+@pytest.mark.slow
 @given(st.lists(tokens | st.text(max_size=5)).map("".join))
 @pytest.mark.filterwarnings("ignore:left out")
 def test_find_boxes_of_any_text_are_on_the_grid(text):

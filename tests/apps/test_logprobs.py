@@ -44,6 +44,7 @@ def recompute(model, batch, tokens):
 # ------------------------------------------------------------------------------------------- scores
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_score_token_equals_a_pass_over_the_whole_answer(batch, sampling, dtype, tolerance):
@@ -85,6 +86,7 @@ def test_score_token_has_as_many_alternatives_as_there_are(alternatives):
     assert len(score.alternatives) == min(alternatives, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [None, SAMPLED], ids=["greedy", "sampled"])
 def test_generate_steps_yields_the_tokens_of_generate(batch, sampling):
     model = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32)

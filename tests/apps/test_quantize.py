@@ -23,6 +23,7 @@ def run(out, *options, bits=4):
     return quantize.main(["--bits", str(bits), "--out", str(out), *options])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantize_keeps_a_directory_that_answers_like_the_option(bits, tmp_path, capsys):
     out = tmp_path / "quantized"

@@ -8,6 +8,7 @@ from example_batches import EXAMPLES
 QUESTION = ["--image", str(EXAMPLES / "shapes.png"), "--dtype", "float32", "--device", "cpu"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["attention_report", "grounding", "logprobs", "trace"])
 def test_program_cuts_its_answer_before_a_stop_string(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the report is written there
@@ -17,6 +18,7 @@ def test_program_cuts_its_answer_before_a_stop_string(name, tmp_path, monkeypatc
     assert "A blue tri" in lines
 
 
+@pytest.mark.slow
 def test_grounding_finds_the_box_that_a_stop_string_ends(capsys):
     program = importlib.import_module("apps.grounding")
     options = [*QUESTION, "--prompt", "Find the red circle.", "--quiet"]

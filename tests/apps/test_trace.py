@@ -37,6 +37,7 @@ def flops_of(trace, stage, n):
 # -------------------------------------------------------------------------------------------- FLOPs
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_record_counts_the_flops_computed_by_hand(attn_implementation, dtype):
@@ -75,6 +76,7 @@ def test_record_counts_attention_within_the_frames_of_a_video():
     assert videos.cost - videos.inner_cost == 4 * 32 * 3 * 16 * 16
 
 
+@pytest.mark.slow
 def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
     batch = make_conversation(processor, "small")
     plain = record(tiny, batch, 2)
@@ -87,6 +89,7 @@ def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
         assert flops_of(int4, "lm_head", n) == 2 * 128 * 560  # its kernel pads to groups of 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_record_counts_the_kernels_of_each_dtype_like_those_of_float64(dtype, processor):
     batch = make_conversation(processor, "shapes")
@@ -122,6 +125,7 @@ def test_record_gives_the_answer_of_stream_and_removes_its_hooks(tiny, processor
     assert not hooks_of(tiny)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES)
 def test_record_has_a_call_of_each_parameter(shape):
     config = SHAPES[shape]
@@ -147,6 +151,7 @@ def test_record_times_each_call_with_the_calls_inside(tiny, processor):
 # --------------------------------------------------------------------------------------------- text
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("media", CASES.values(), ids=CASES)
 def test_format_trace_shows_the_numbers_of_the_model(tiny, processor, media):
     batch = make_conversation(processor, *media)

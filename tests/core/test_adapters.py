@@ -197,11 +197,13 @@ OPTIONS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_load_model_equals_peft(options, train):
     assert_equal_to_peft(train(**options))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "options",
     [
@@ -223,6 +225,7 @@ def test_load_model_equals_peft_where_embeddings_are_tied(options, train, tmp_pa
         assert torch.equal(saved, parameter), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
 def test_load_model_adds_lora_to_one_of_two_tied_matrices(targets, train):
     """As in the PEFT model's forward pass; its merge would add it to the tensor of both."""
@@ -245,6 +248,7 @@ def test_load_model_keeps_matrices_tied_that_were_trained_tied(options, train):
         assert gap(ours(**trained.batch()), trained.logits()) <= 3e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_load_model_equals_peft_in_bfloat16(use_dora, train):
     """The base model and the sum are in bfloat16, the adapter and the addition in float32."""
@@ -382,6 +386,7 @@ def compiled_names(name):
     return f"_orig_mod.{name}"
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "rename",
     [
@@ -546,6 +551,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("values", "sentence"), CONFIGS)
 def test_load_model_refuses_a_configuration_in_one_sentence(values, sentence, files):
     files.change_config(**values)
@@ -625,6 +631,7 @@ def test_load_model_refuses_a_bias_for_a_layer_without(train):
     assert "lora_B.bias belongs to a layer without a bias" in refusal(trained)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("token_ids", [[5, 61], [-1, 5], ["5", 6], None, {"lm_head": [5, 7]}])
 def test_load_model_refuses_token_ids_outside_the_vocabulary(token_ids, train):
     trained = train(trainable_token_indices=[5, 7])
@@ -662,6 +669,7 @@ def test_load_model_refuses_a_quantized_base(files):
             load_model(name, "cpu", **options)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -778,6 +786,7 @@ def run(capsys, *options):
     return capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_main_merges_adapters_by_either_option(bundled_adapter, capsys):
     plain = run(capsys).out
     by_model = run(capsys, "--model", str(bundled_adapter))
@@ -789,6 +798,7 @@ def test_main_merges_adapters_by_either_option(bundled_adapter, capsys):
     assert "2 adapters merged" in twice.err
 
 
+@pytest.mark.slow
 def test_main_prefers_tokenizer_and_image_settings_of_the_adapter(bundled_adapter, capsys):
     options = ["--adapter", str(bundled_adapter)]
     plain = run(capsys, *options).err

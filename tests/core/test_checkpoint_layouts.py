@@ -232,6 +232,7 @@ LAYOUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_load_model_reads_each_layout_as_the_reference_does(layout, published, write, capsys):
     folder = write(*layout(*published))
@@ -259,6 +260,7 @@ def test_checkpoint_dtype_falls_back_to_text_config(published, write):
     assert {p.dtype for p in load_model(folder, "cpu").parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_load_model_keeps_a_head_that_differs(tied, published, write, tmp_path):
     config, weights = published
@@ -277,6 +279,7 @@ def test_load_model_keeps_a_head_that_differs(tied, published, write, tmp_path):
         assert_same(load_model(tmp_path / "again", "cpu"), reference(tmp_path / "again"))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "a.b.model."])
 @pytest.mark.parametrize("layout", [flat, nested])
 def test_load_model_removes_a_prefix_that_all_names_share(prefix, layout, published, write):
@@ -340,6 +343,7 @@ QUANTIZED = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("change", "method"), QUANTIZED)
 def test_main_refuses_a_quantized_config_by_method(change, method, published, write, capsys):
     folder = write(published[0] | change, published[1])
@@ -357,6 +361,7 @@ def test_check_supported_names_the_full_precision_checkpoint(published, write):
             check_supported(write(config, {}))
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("tensors", "method"),
     [
@@ -407,6 +412,7 @@ def test_main_refuses_gguf_as_file_and_directory(tmp_path, capsys):
             assert "GGUF format of llama.cpp" in refusal(source, capsys, program)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
@@ -456,6 +462,7 @@ def test_main_refuses_weights_that_are_no_regular_file(published, write, capsys)
     assert f"{folder / 'model.safetensors'}: expected a regular file, got a pipe" in found
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
@@ -503,6 +510,7 @@ def test_main_names_an_integer_tensor(published, write, capsys):
     assert "1 of a dtype that is not floating point: model.norm.weight" in found
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -590,6 +598,7 @@ WRONG_VALUES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("field", "value", "sentence"), WRONG_VALUES)
 def test_main_names_file_and_field_of_a_wrong_value(
     field, value, sentence, published, write, capsys
@@ -609,6 +618,7 @@ def test_main_refuses_sizes_beyond_any_memory_in_one_sentence(published, write, 
     assert "config.json: a model of these sizes" in refusal(write(config, published[1]), capsys)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "content",
     [
@@ -632,6 +642,7 @@ def test_main_refuses_a_malformed_config_file_in_one_sentence(content, published
     assert str(folder / "config.json") in refusal(folder, capsys)
 
 
+@pytest.mark.slow
 def test_main_counts_the_layers_of_the_weights_before_it_builds_any(
     published, write, capsys, monkeypatch
 ):
@@ -645,6 +656,7 @@ def test_main_counts_the_layers_of_the_weights_before_it_builds_any(
     assert "vision_config.depth: expected at most 4, as many" in refusal(folder, capsys)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("file", "changes", "sentence"),
     [
@@ -718,6 +730,7 @@ def test_main_warns_of_few_unknown_fields_and_their_number(published, write):
 # ------------------------------------------------------------------------------- weights not finite
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("values", "options", "sentence"),
     [
@@ -749,6 +762,7 @@ JSON_FILES = (
 )  # fmt: skip
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", JSON_FILES)
 def test_main_refuses_what_is_no_regular_file(name, published, write, capsys):
     path = write(*published) / name

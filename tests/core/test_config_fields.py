@@ -68,6 +68,7 @@ SEQUENCES = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("window", [1, 7, 22, 400])
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 def test_sliding_window_equals_the_numpy_model(attn_implementation, window, flash):
@@ -78,6 +79,7 @@ def test_sliding_window_equals_the_numpy_model(attn_implementation, window, flas
         assert gap(model(**make_batch([sequence], torch.float64))[0], expected) <= FLOAT64
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("layers", [0, 2, 3])
 def test_sliding_window_applies_from_layer_max_window_layers_on(layers, attn_implementation, flash):
@@ -100,6 +102,7 @@ def test_sliding_window_in_a_padded_batch_equals_the_reference(attn_implementati
     assert gap(logits[real], expected[real]) <= FLOAT32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1]], ids=["batch", "one"])
 def test_cached_decoding_with_a_window_equals_the_reference(sequences):
     """The cache of the reference drops tokens outside the window, ours keeps and masks them."""
@@ -110,6 +113,7 @@ def test_cached_decoding_with_a_window_equals_the_reference(sequences):
     assert gap(logits[:, prefill - 1 : -1], expected) <= FLOAT32
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1]], ids=["batch", "one"])
 def test_kv_cache_with_a_window_equals_run_without_cache(sequences, attn_implementation, flash):

@@ -64,6 +64,7 @@ def both_steps(model):
     return [decode_step, CapturedDecodeStep(model, decode_step)]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", ["default", "tied", "one kv head", "like 7B", "six sections"])
 @torch.no_grad()
@@ -167,6 +168,7 @@ def test_captured_step_refuses_rope_scaled_with_the_length():
         CapturedDecodeStep(model, decode_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

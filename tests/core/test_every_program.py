@@ -48,6 +48,7 @@ def main(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_program_refuses_what_cannot_fit_before_it_loads(program, main, monkeypatch, capsys):
     def load(*arguments):
@@ -64,6 +65,7 @@ def test_each_program_refuses_what_cannot_fit_before_it_loads(program, main, mon
         main(program, "--dtype", "float32", "--no-memory-check")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_program_starts_where_mapped_weights_exceed_free_memory(
     program, main, monkeypatch, capsys
@@ -129,6 +131,7 @@ def damage(monkeypatch):
     return load_damaged
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_program_ends_with_a_sentence_where_numbers_are_not_finite(
     program, main, damage, capsys, tmp_path
@@ -145,6 +148,7 @@ def test_each_program_ends_with_a_sentence_where_numbers_are_not_finite(
     assert "the output of model.layers.1.mlp.up_proj is the first with NaN, in bfloat16" in message
 
 
+@pytest.mark.slow
 def test_overflow_in_float16_suggests_bfloat16(main, monkeypatch, capsys):
     def load(*arguments):
         model = load_weights.load_model(*arguments)

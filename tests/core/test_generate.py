@@ -75,6 +75,7 @@ def logits_without_cache(model, batch, index, tokens):
 # ------------------------------------------------------------------------------------------- greedy
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", ["default", "tied", "one kv head", "deep"])
 def test_generate_equals_64_greedy_tokens_of_the_reference(shape):
     config = SHAPES[shape]
@@ -92,6 +93,7 @@ def test_generate_equals_64_greedy_tokens_of_the_reference(shape):
     assert generate(model_of(shape), batch, 64) == expected.tolist()
 
 
+@pytest.mark.slow
 def test_generate_of_a_batch_equals_each_sequence_alone():
     model = model_of("default")
     batch = batch_of(SHAPES["default"])
@@ -157,6 +159,7 @@ def test_stream_with_a_huge_max_new_tokens_allocates_what_it_uses(monkeypatch):
     assert caches[1].max_length == length + 10**12
 
 
+@pytest.mark.slow
 def test_generate_is_unchanged_when_the_cache_grows(monkeypatch):
     batch = batch_of(SHAPES["default"])
     expected = generate(model_of("default"), batch, 40)
@@ -246,6 +249,7 @@ def reference_count(tokenizer, ids, stop_strings):
 answer_texts = st.text("abAB éß日😀.,\n", min_size=1, max_size=30)
 
 
+@pytest.mark.slow
 @given(text=answer_texts, data=st.data())
 @settings(max_examples=60)
 def test_decoder_stops_at_the_token_where_the_reference_stops(
@@ -263,6 +267,7 @@ def test_decoder_stops_at_the_token_where_the_reference_stops(
     assert count_until_stopped(tokenizer, ids, stop_strings) == expected
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("stop_strings", [["circle at"], ["top r", "blue"], ["iangle"], ["zebra"]])
 def test_generate_with_stop_strings_equals_the_reference(
     stop_strings, tiny, processor, reference_tokenizer
@@ -297,6 +302,7 @@ def test_generate_with_stop_strings_equals_the_reference(
     assert processor.tokenizer.decode(tokens, stop_strings=stop_strings) == whole[:cut]
 
 
+@pytest.mark.slow
 def test_generate_stops_each_sequence_of_a_batch_by_itself(tiny, processor):
     conversations = []
     for name in ("shapes", "wide", "small"):
@@ -353,6 +359,7 @@ sampling_configs = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(sampling=sampling_configs, seed=st.integers(0, 10**6))
 @settings(max_examples=200, deadline=None)
 def test_next_token_probabilities_equal_plain_python(sampling, seed):
@@ -365,6 +372,7 @@ def test_next_token_probabilities_equal_plain_python(sampling, seed):
         assert abs(float(probabilities[token]) - probability) < 1e-12
 
 
+@pytest.mark.slow
 @given(sampling=sampling_configs, penalty=st.floats(0.5, 2), seed=st.integers(0, 10**6))
 @settings(max_examples=100, deadline=None)
 def test_next_token_probabilities_equal_the_reference(sampling, penalty, seed):
@@ -392,6 +400,7 @@ def test_next_token_probabilities_equal_the_reference(sampling, penalty, seed):
     assert (probabilities - expected.softmax(-1)).abs().max() < 1e-12
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -592,6 +601,7 @@ def test_stop_strings_that_are_no_texts_are_refused(value):
     assert replaced == GenerationConfig(stop_strings=["x"])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("fields", "option", "expected"),
     [
@@ -722,6 +732,7 @@ def model_with_fault(name, value=float("nan")):
     return model
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "sampling",

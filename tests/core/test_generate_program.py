@@ -48,6 +48,7 @@ def test_answer_goes_to_stdout_and_status_to_stderr(tmp_path):
     assert (quiet.stdout, quiet.stderr) == (process.stdout, "")
 
 
+@pytest.mark.slow
 def test_answer_is_the_same_for_each_attention_implementation_and_wide_dtype(capsys):
     answers = set()
     for options in (
@@ -132,6 +133,7 @@ def test_images_and_videos_are_in_the_order_of_the_options(monkeypatch):
     assert batch.video_grid_thw[:, 0].tolist() == [3, 3]
 
 
+@pytest.mark.slow
 def test_fps_and_default_prompt_of_a_video(monkeypatch):
     text, batch, *_ = record_stream(monkeypatch, "--video", VIDEO, "--fps", 4)
     assert len(batch.media[0].timestamps) == 16
@@ -159,6 +161,7 @@ def test_prompt_without_media_and_default_prompt_of_an_image(monkeypatch):
     assert "<|vision_end|>Describe this image.<|im_end|>" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop_strings", "answer"),
     [
@@ -194,6 +197,7 @@ def test_temperature_with_a_top_k_of_1_prints_a_hint(capsys):
     assert "add --top-k 0" in capsys.readouterr().err
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -292,6 +296,7 @@ def test_process_prints_no_traceback_for_a_missing_image(tmp_path):
 # ------------------------------------------------------------------ memory, disks, pipes, encodings
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "error",
     [

@@ -215,6 +215,7 @@ def test_load_image_reads_tiff_pixels_despite_a_damaged_tag(tag, kind):
     assert_shows(load_image(damaged), PIXELS, "TIFF")
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "GIF", "BMP"])
 def test_load_image_makes_any_damage_a_value_error(file_format):
@@ -271,6 +272,7 @@ def test_load_image_lets_keyboard_interrupt_through(monkeypatch):
 # --- formats, and files that are no images ---
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "file_format",
     [
@@ -430,6 +432,7 @@ def test_load_image_accepts_bare_base64_as_the_reference_does():
         load_image("home/" + "a" * 95)
 
 
+@pytest.mark.slow
 def test_load_image_reads_a_large_photo_without_a_warning(tmp_path):
     Image.new("1", (10_000, 9_000)).save(tmp_path / "large.png")  # 90 million pixels
     code = f"import sys; sys.path[:0] = {sys.path!r}; from media import load_image; "
@@ -507,6 +510,7 @@ def test_processor_bounds_images_and_frames_by_its_limits(processor, tmp_path):
             limited.prepare(item)
 
 
+@pytest.mark.slow
 def test_generate_bounds_pixels_by_its_option(capsys):
     arguments = ["--quiet", "--image", str(SHAPES), "--max-image-pixels"]
     width, height = Image.open(SHAPES).size
@@ -550,6 +554,7 @@ def test_load_image_counts_no_scans_in_metadata_or_after_the_image():
     assert load_image(jpeg_with_scans(0) + inner).size == (60, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_load_image_reads_overlapping_exif_values_within_bounds(file_format):

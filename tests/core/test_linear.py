@@ -179,6 +179,7 @@ def test_linear_has_gradients():
     assert projection.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_equals_pytorch_in_the_whole_model(shape, monkeypatch):
     model = our_model(SHAPES[shape], random_weights(SHAPES[shape]))
@@ -197,6 +198,7 @@ def test_linear_equals_pytorch_in_the_whole_model(shape, monkeypatch):
 
 
 # --------------------------------------------------------------------------------- quantized layers
+@pytest.mark.slow
 @given(
     st.integers(1, 600), st.sampled_from([1, 7, 32, 100]), st.sampled_from([1e-6, 0.02, 1.0, 300.0])
 )
@@ -217,6 +219,7 @@ def test_int8_weights_are_within_half_a_step(outputs, inputs, size):
     assert (quantized.scale > 0).all()
 
 
+@pytest.mark.slow
 @given(st.integers(1, 600), st.sampled_from([32, 96]), st.sampled_from([1e-6, 0.02, 1.0, 300.0]))
 def test_int4_weights_are_within_half_a_step_or_clipped_a_little(outputs, inputs, size):
     plain = make_linear(inputs, outputs, bias=False, seed=outputs)
@@ -332,6 +335,7 @@ def shapes_batch():
     return processor([{"role": "user", "content": content}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantize", "first_cosine", "least_cosine"), [("int8", 0.999, 0.999), ("int4", 0.99, 0.97)]
 )
@@ -374,6 +378,7 @@ def test_load_model_refuses_an_unknown_quantization():
         load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantize_option_answers_and_prints_the_size(quantize, capsys):
     options = ["--image", "examples/shapes.png", "--prompt", "Describe the image."]

@@ -104,6 +104,7 @@ def flat_and_nested(config):
     return {"model_type": "qwen2_vl", "text_config": text} | top_level
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("layout", [dict, nested, flat_and_nested])
 def test_load_model_reads_each_config_layout(case, layout, tmp_path):
     config, weights, expected = case
@@ -134,6 +135,7 @@ def test_load_config_reads_what_each_version_of_the_reference_saved(version, tie
     assert (vision.hidden_act, vision.in_channels, vision.mlp_ratio) == ("quick_gelu", 3, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden", "inner", "layers", "heads", "kv_heads", "vocab", "tied", "billions"),
     [
@@ -239,6 +241,7 @@ def bare_name(name):
     return reference_name(name).removeprefix("model.")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("rename", [lambda name: name, reference_name, bare_name])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_load_model_reads_each_naming_and_sharding(case, rename, shards, tmp_path):
@@ -366,6 +369,7 @@ def test_load_model_casts_to_the_requested_dtype(case, dtype, tmp_path):
 # ------------------------------------------------------------------------------- saving and loading
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_load_model_reads_what_save_model_wrote(case, dtype, tmp_path):
     config, weights, _ = case
@@ -565,6 +569,7 @@ def test_empty_model_names_an_error_without_a_message(monkeypatch):
 
 
 # --------------------------------------------------------------------------------------- new tokens
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("size", "tied"), [(200, False), (203, True), (150, True), (150, False), (4200, False)]
 )

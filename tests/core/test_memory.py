@@ -153,6 +153,7 @@ def test_stored_dtypes_are_those_of_the_files(tmp_path):
     assert memory.read_stored_dtypes(directory, load_weights.load_config(directory)) == {}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_private_weights_are_those_that_are_not_mapped(dtype, quantize):

@@ -87,6 +87,7 @@ def test_conversation_with_an_image_gives_the_documented_prompt(model, processor
     assert decoded == prompt.replace("<|image_pad|>", "<|image_pad|>" * pads)
 
 
+@pytest.mark.slow
 def test_conversation_with_a_video_gives_the_documented_prompt(model, processor, video):
     frames, timestamps, size = load_video(video, fps=1.0)
     assert len(frames) == len(timestamps) == 4
@@ -121,6 +122,7 @@ def mixed_conversations(images, video):
     ]
 
 
+@pytest.mark.slow
 def test_batch_of_images_videos_and_text_gives_the_documented_prompts(
     model, processor, images, video
 ):
@@ -143,6 +145,7 @@ def test_batch_of_images_videos_and_text_gives_the_documented_prompts(
     assert len(batch.video_grid_thw) == 1
 
 
+@pytest.mark.slow
 def test_mixed_batch_equals_each_conversation_alone(processor, images, video):
     """Compare float32 logits within 1e-5 of the largest, and the greedy tokens."""
     model = load_model(BUNDLED_CHECKPOINT, dtype=torch.float32)
@@ -186,6 +189,7 @@ HAPPY = (
 MOUNTAINS = "It was a trip to the mountains. Can you see the details in the images and video?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("add_vision_id", [False, True])
 def test_images_and_videos_are_numbered_with_add_vision_id(
     model, processor, images, video, add_vision_id

@@ -109,6 +109,7 @@ def test_load_and_answer_reach_for_no_network(no_network):
     assert len(tokens) == 3
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("program", "options"),
     [
@@ -133,6 +134,7 @@ def test_programs_reach_for_no_network(no_network, tmp_path, monkeypatch, capsys
     assert program.main([*options, *QUICK]) == 0
 
 
+@pytest.mark.slow
 def test_chat_reaches_for_no_network(no_network, tmp_path, monkeypatch, capsys):
     lines = f"/image {IMAGE}\nWhat is this?\n/video {VIDEO}\nAnd this?\n/save {tmp_path}/chat\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))

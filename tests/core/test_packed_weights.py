@@ -115,6 +115,7 @@ def test_unpack_from_kernel_is_the_inverse_of_pack_for_kernel(shape):
 
 
 # ------------------------------------------------------------------------------------- whole models
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", VARIANTS)
 def test_load_model_equals_the_checkpoint_of_the_dequantized_weights(name, tmp_path):
     variant = VARIANTS[name]
@@ -157,6 +158,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_are_as_near_to_float32_as_plain_bfloat16(name, dtype, tmp_path):
@@ -171,6 +173,7 @@ def test_kernels_are_as_near_to_float32_as_plain_bfloat16(name, dtype, tmp_path)
     assert error < 2 * plain_error
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("rows", [1, 40])
 def test_each_layer_equals_its_dequantized_weights_within_rounding(name, rows, tmp_path):
@@ -262,6 +265,7 @@ WRONG_SETTINGS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("variant", "change", "sentence"), WRONG_SETTINGS)
 def test_main_refuses_another_layout_in_one_sentence(variant, change, sentence, tmp_path, capsys):
     config, _ = bundled()
@@ -322,6 +326,7 @@ DAMAGE = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGE)
 def test_main_names_the_packed_tensor_that_is_wrong(damage, sentence, tmp_path, capsys):
     folder, _ = write_packed(tmp_path, Variant(act_order=True))
@@ -354,6 +359,7 @@ SAVED = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", SAVED)
 def test_save_model_writes_loaded_integers_as_gptq(name, tmp_path):
     packed, _ = write_packed(tmp_path, VARIANTS[name], "bfloat16")
@@ -364,6 +370,7 @@ def test_save_model_writes_loaded_integers_as_gptq(name, tmp_path):
     assert torch.equal(logits(model), logits(again))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_save_model_writes_what_an_independent_reader_expects(bits, tmp_path):
     config, weights = bundled()
@@ -383,6 +390,7 @@ def test_save_model_writes_what_an_independent_reader_expects(bits, tmp_path):
     assert torch.equal(tensors["lm_head.weight"], head)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_save_model_and_quantize_give_what_quantize_alone_gives(quantize, tmp_path):
     config, weights = bundled()
@@ -417,6 +425,7 @@ def test_save_model_names_a_layer_that_does_not_fill_int32(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------ memory
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", KERNELS)
 def test_estimate_counts_the_bytes_that_are_held(name, tmp_path, capsys):
     packed, _ = write_packed(tmp_path, VARIANTS[name], "bfloat16")

@@ -75,6 +75,7 @@ def both_sizes(height, width, *rest):
     return answers
 
 
+@pytest.mark.slow
 @settings(max_examples=3000)
 @given(height=st.integers(1, 5000), width=st.integers(1, 5000))
 @example(height=70, width=42)  # ties: rounded to the even multiple
@@ -146,6 +147,7 @@ def test_preprocess_images_equals_reference_for_large_images():
     assert_equals_reference([Image.fromarray(draw_pixels(700, 900))], max_pixels=12845056)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     height=st.integers(1, 260),
@@ -303,6 +305,7 @@ def test_preprocess_videos_treats_frames_as_images():
         assert np.array_equal(cubes[n // 2, :, :, n % 2], alone[:, :, 0])
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("size", [(280, 392), (200, 300), (1300, 900)])
 @pytest.mark.parametrize("kind", ["uint8", "float"])
 def test_video_tensor_in_a_message_has_the_pixel_values_of_the_reference(size, kind, processor):
@@ -611,6 +614,7 @@ def test_processor_returns_a_batch_of_text_only(processor):
     assert vision == (None,) * 4
 
 
+@pytest.mark.slow
 def test_processor_ids_equal_reference_tokenizer(processor, folder):
     """The reference repeats the placeholders in the text, tokenizes all texts, pads on the left."""
     reference = Qwen2Tokenizer.from_pretrained(folder)
@@ -756,6 +760,7 @@ def test_processor_refuses_malformed_conversations(processor, given_conversation
         processor(given_conversations)
 
 
+@pytest.mark.slow
 def test_processor_expands_no_placeholder_in_a_text(processor):
     """What a user types is text: it adds neither image tokens nor images to the sequence."""
     picture = image("RGB")
@@ -779,6 +784,7 @@ def test_processor_refuses_more_placeholders_than_media(processor):
         processor(messages)
 
 
+@pytest.mark.slow
 def test_processor_can_be_shared_by_threads(processor, tmp_path):
     """Eight threads get the batches that one thread gets, each with its own images and text."""
     conversations = []
@@ -901,6 +907,7 @@ def test_main_names_the_option_for_a_missing_processor(weights_alone, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_main_refuses_a_processor_of_another_vocabulary(folder, capsys):
     assert command.main([*QUESTION, "--processor", str(folder)]) == 2
     error = capsys.readouterr().err

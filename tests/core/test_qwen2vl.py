@@ -90,6 +90,7 @@ def real_tokens(batch):
 # ----------------------------------------------------- parity with transformers and the NumPy model
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES)
 def test_features_and_logits_in_float32_equal_the_reference(shape):
     config = SHAPES[shape]
@@ -104,6 +105,7 @@ def test_features_and_logits_in_float32_equal_the_reference(shape):
                 assert gap(model.visual(batch[pixels], batch[grid]), expected) <= FLOAT32
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES)
 def test_padded_batch_in_float32_equals_the_reference(shape):
     config = SHAPES[shape]
@@ -114,6 +116,7 @@ def test_padded_batch_in_float32_equals_the_reference(shape):
     assert gap(ours(shape)(**batch)[real], expected[real]) <= FLOAT32
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", SHAPES)
 def test_model_in_float64_equals_the_numpy_model(shape):
     config = SHAPES[shape]
@@ -161,6 +164,7 @@ def float64_reference(monkeypatch):
     return lambda config, weights: helpers.reference_model(config, weights, torch.float64)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", [*SHAPES, "sliding window"])
 def test_numpy_model_equals_the_reference_in_float64(shape, float64_reference):
     """Check the NumPy model itself, including the sliding window."""
@@ -271,6 +275,7 @@ def golden_batch(arrays, case, dtype):
     return cast(batch, dtype)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("case", ["row", "batch"])
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_model_equals_the_golden_file(name, case, flash):
@@ -309,6 +314,7 @@ short_videos = st.tuples(st.just("video"), sizes, sizes, sizes).filter(
 conversations = st.lists(st.one_of(st.integers(1, 6), images, short_videos), min_size=1, max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(parts=st.lists(conversations, min_size=1, max_size=3))
 def test_get_rope_index_equals_the_reference(parts):
@@ -381,6 +387,7 @@ def test_get_rope_index_refuses_grids_that_do_not_match_the_placeholders(grids):
 # ------------------------------------------------------------------------ attention implementations
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("shape", ["default", "one kv head", "no sharing", "other patches"])
 def test_attention_implementations_agree(shape, flash):
     config = SHAPES[shape]
@@ -415,6 +422,7 @@ def test_flash_attention_gets_packed_sequences(flash):
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, SAME), (torch.float32, FLOAT32 / 3)], ids=str
 )
@@ -446,6 +454,7 @@ def test_padding_does_not_change_the_logits(attn_implementation, flash):
 # ----------------------------------------------------------------------------------------- KV cache
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", ["default", "tied", "one kv head"])
 def test_kv_cache_equals_run_without_cache(shape, attn_implementation, flash):
@@ -474,6 +483,7 @@ CHATS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("chats", [CHATS, CHATS[:1]], ids=["two of different lengths", "one"])
 def test_kv_cache_continues_a_conversation(chats, attn_implementation, flash):
@@ -630,6 +640,7 @@ class TensorRecorder(TorchDispatchMode):
         return output
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("attn_implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("grids", [[[1, 12, 12]] * 24, [[1, 12, 14], [1, 14, 12], [1, 10, 16]] * 8])
 def test_vision_encoder_allocates_no_matrix_of_patches_by_patches(

@@ -110,6 +110,7 @@ def unrounded(monkeypatch):
 # -------------------------------------------------------------------------------- inside the model
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ROPES)
 def test_model_with_scaled_rope_matches_reference(name):
     """Within the trained length and beyond, with images; and the type does change the logits."""
@@ -123,6 +124,7 @@ def test_model_with_scaled_rope_matches_reference(name):
             assert gap(logits, unscaled(**batch)) > 1e-2
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ROPES)
 def test_model_with_scaled_rope_in_float64_matches_unrounded_reference(name, unrounded):
     config = rope_config(name)
@@ -138,6 +140,7 @@ def test_model_with_scaled_rope_in_float64_matches_unrounded_reference(name, unr
         assert gap(logits, expected) <= FLOAT64
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["linear", "dynamic", "yarn", "llama3", "longrope"])
 def test_cached_decoding_beyond_trained_length_matches_reference(name):
     """From 21 positions to 33 with 24 trained, one token a step.
@@ -318,6 +321,7 @@ def test_load_config_without_section_uses_reference_default(tmp_path):
         assert load_config(tmp_path).rope_scaling["mrope_section"] == [16, 24, 24]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["dynamic", "yarn, mscale", "longrope", "llama3", "linear"])
 def test_load_config_reads_what_reference_saves_without_warning(name, tmp_path):
     config = rope_config(name)

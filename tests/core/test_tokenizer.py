@@ -95,6 +95,7 @@ def first_stop(text, stop_strings):
 # --- the vocabulary that the tests build ---
 
 
+@pytest.mark.slow
 def test_tokenizer_has_the_published_vocabulary(qwen, qwen_tokenizer_folder):
     description = json.loads((qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     assert len(description["model"]["vocab"]) == 151_643
@@ -118,6 +119,7 @@ def test_tokenizer_rebuilds_every_token_by_its_merges(qwen):
 # --- text to ids and back ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEXTS)
 def test_encode_equals_reference(qwen, reference, by_rank, name):
     text = TEXTS[name]
@@ -138,6 +140,7 @@ def test_decode_equals_reference(qwen, reference, name):
     assert qwen.decode(ids) == without_special  # skipping is the default
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(text=texts_of_any_kind)
 def test_encode_equals_reference_for_any_text(qwen, reference, text):
@@ -146,6 +149,7 @@ def test_encode_equals_reference_for_any_text(qwen, reference, text):
     assert qwen.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(ids=ids_of_any_kind)
 def test_decode_equals_reference_for_any_ids(qwen, reference, by_rank, ids):
@@ -163,6 +167,7 @@ def test_encode_adds_no_token(qwen):
     assert qwen.encode("a") == [64]
 
 
+@pytest.mark.slow
 def test_tokenizer_ignores_saved_truncation_and_padding(qwen_tokenizer_folder, tmp_path):
     description = json.loads((qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["truncation"] = {
@@ -189,6 +194,7 @@ def test_tokenizer_ignores_saved_truncation_and_padding(qwen_tokenizer_folder, t
     ]
 
 
+@pytest.mark.slow
 def test_tokenizer_loads_files_saved_by_the_reference(reference, tmp_path):
     reference.save_pretrained(tmp_path)
     saved = Tokenizer.from_pretrained(tmp_path)
@@ -206,6 +212,7 @@ def test_stream_decoder_joins_to_the_decoded_text(qwen, name, skip):
     assert "".join(streamed(qwen, ids, skip)) == qwen.decode(ids, skip_special_tokens=skip)
 
 
+@pytest.mark.slow
 @settings(max_examples=500)
 @given(ids=ids_of_any_kind, skip=st.booleans())
 def test_stream_decoder_joins_to_the_decoded_text_of_any_ids(qwen, ids, skip):
@@ -219,6 +226,7 @@ def test_stream_decoder_emits_only_complete_characters(qwen):
     assert streamed(qwen, [419, 9284]) == [" this", "", "\ufffd"]
 
 
+@pytest.mark.slow
 @given(ids=ids_of_any_kind, data=st.data())
 def test_stream_decoder_ends_before_the_first_stop_string(qwen, ids, data):
     """Compared with a search in the whole text after each id, for any bytes and special tokens."""
@@ -522,6 +530,7 @@ def test_tokenizer_refuses_an_unusable_file(tmp_path, content, said):
         Tokenizer.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", ["<|image_pad|>", "<|im_end|>", "<|video_pad|>"])
 def test_tokenizer_refuses_a_contradicting_special_token(qwen_tokenizer_folder, tmp_path, lacking):
     text = (qwen_tokenizer_folder / "tokenizer.json").read_text(encoding="utf-8")
@@ -534,6 +543,7 @@ def test_tokenizer_refuses_a_contradicting_special_token(qwen_tokenizer_folder, 
 # --- the guard of special tokens ---
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(st.text(), max_size=4),
     add_generation_prompt=st.booleans(),
@@ -573,6 +583,7 @@ def encode_unguarded(by_rank, text):
     return by_rank.encode(text, allowed_special=set(UNGUARDED_TOKENS), disallowed_special=())
 
 
+@pytest.mark.slow
 @given(texts=st.lists(loose_texts | st.text(), min_size=1, max_size=4), role=st.sampled_from("ut"))
 def test_encode_chat_encodes_guarded_text_as_ordinary_text(qwen, by_rank, texts, role):
     role = {"u": "user", "t": "tool"}[role]
@@ -613,6 +624,7 @@ def test_encode_chat_spells_a_token_split_over_items(qwen):
     assert qwen.encode_chat(messages, guard_special_tokens=False).count(151645) == 4
 
 
+@pytest.mark.slow
 @given(texts=st.lists(loose_texts, max_size=4), forged=loose_texts)
 def test_encode_chat_of_assistant_and_system_text_equals_reference(qwen, reference, texts, forged):
     messages = [
@@ -1095,6 +1107,7 @@ def conversations(texts):
     return st.lists(message, min_size=1, max_size=6)
 
 
+@pytest.mark.sweep
 @settings(max_examples=50)
 @given(messages=conversations(loose_texts), flags=st.tuples(st.booleans(), st.booleans()))
 def test_apply_chat_template_renders_an_own_template_as_the_reference_does(
@@ -1109,6 +1122,7 @@ def test_apply_chat_template_renders_an_own_template_as_the_reference_does(
     assert ids == ours.encode(rendered)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(messages=conversations(loose_texts))
 def test_encode_chat_guards_an_own_template(with_template, messages):
@@ -1202,6 +1216,7 @@ def test_tokenizer_refuses_a_template_with_a_syntax_error(editable_folder, text)
         add_template(editable_folder, text)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "text",
     [

@@ -67,6 +67,7 @@ def nearest_indices(sampled: Clip) -> list[int]:
 # --------------------------------------------------------------- golden values of qwen-vl-utils ---
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", VIDEOS)
 @pytest.mark.filterwarnings("ignore")
 def test_load_video_equals_qwen_vl_utils(videos, name):
@@ -100,6 +101,7 @@ def test_golden_file_contains_every_video():
     assert len(records) > 0.9 * len(ITEMS)  # qwen-vl-utils refuses the rest
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("record", GOLDEN_RECORDS["lists"], ids=lambda record: str(record["list"]))
 def test_load_video_of_a_list_equals_qwen_vl_utils(record):
     """Compare sizes exactly and values within 1 level.
@@ -392,6 +394,7 @@ CODECS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("suffix", "codec", "options"), CODECS)
 def test_read_frames_equals_decoding_everything(tmp_path, no_warnings, suffix, codec, options):
     """Compare random frames, reached by seeking, exactly."""

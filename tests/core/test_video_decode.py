@@ -59,6 +59,7 @@ STREAMS = [
 ]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("suffix", "codec", "kinds"), STREAMS)
 def test_load_video_accepts_every_stream_order(tmp_path, quiet, suffix, codec, kinds):
     path = encode_with(tmp_path / f"x.{suffix}", draw_frames(12, 64, 48), codec, kinds)
@@ -122,6 +123,7 @@ def set_matroska_rate(path, nanoseconds):
     return path
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("declared", [1000, 250, 60, 3])
 @pytest.mark.parametrize("suffix", ["webm", "mkv"])
 def test_load_video_prefers_timestamps_to_the_declared_rate(tmp_path, suffix, declared):
@@ -515,6 +517,7 @@ def test_check_sample_counts_leaves_other_formats_alone(tmp_path):
 # --- damage ---
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("suffix", "codec"),
     [

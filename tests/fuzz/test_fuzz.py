@@ -116,6 +116,7 @@ def test_main_returns_1_and_saves_what_failed(odd_target, tmp_path, monkeypatch,
     assert [path.read_bytes() for path in (tmp_path / odd_target).iterdir()] == [b"foreign"]
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", NAMES)
 def test_target_accepts_its_seeds(name):
     target, seeds = frame.load_target(name)

@@ -81,6 +81,7 @@ def ladder(capsys, *arguments):
     return code, {line.split("  ")[0]: line for line in lines}, out
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     "option", [(), ("--attn-implementation", "eager"), ("--attention", "plain")]
 )
@@ -118,6 +119,7 @@ def test_main_in_other_dtype_holds(folder, capsys, dtype):
     assert code == 0, out
 
 
+@pytest.mark.slow
 def test_main_in_half_precision_only_notes_different_tokens(folder, capsys, monkeypatch):
     FAULTS["greedy tokens"](monkeypatch)
     code, rungs, out = ladder(capsys, "--model", folder, "--dtype", "float16")
@@ -126,6 +128,7 @@ def test_main_in_half_precision_only_notes_different_tokens(folder, capsys, monk
     assert "note: greedy tokens differ" in out
 
 
+@pytest.mark.slow
 def test_main_accepts_own_images_and_prompt(folder, capsys, tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 4), dtype=np.uint8)).save(
