@@ -191,6 +191,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="name the first layer whose output is NaN or infinite",
     )
+    add_memory_check_option(parser)
+
+
+def add_memory_check_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of each program that loads a model."""
     parser.add_argument(
         "--no-memory-check",
         dest="memory_check",

@@ -68,6 +68,7 @@ class Run:
     # Of each tensor in the files, by the name of its parameter; those absent have `dtype`.
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     pack: Callable[[Qwen2VL], None] | None = None  # packs the layers that the checkpoint has packed
+    quantize_head: bool = True  # with the decoder's layers
 
 
 class Size(NamedTuple):
@@ -180,7 +181,7 @@ def quantize(run: Run, model: Qwen2VL) -> None:
     if run.device.type == "cpu":
         linear.use_kernels(model, run.dtype)
     if run.quantize is not None:
-        linear.quantize_linears(model, run.quantize)
+        linear.quantize_linears(model if run.quantize_head else model.model, run.quantize)
 
 
 def count_weights(run: Run) -> Weights:
@@ -520,6 +521,25 @@ def check_weights_and_batch(run: Run, batch: Batch | None = None) -> None:
     check_needs(run, batch, needs)
 
 
+def check_quantizing(run: Run) -> None:
+    """Check that a model can be quantized and written, before its weights are loaded.
+
+    Quantized weights exist twice then: as the kernels read them and as they are written.
+    Raises MemoryShortageError where it cannot fit. A mapped file is read only twice: no warning.
+    """
+    weights = count_weights(run)
+    plain = list_parameters(run)
+    written = 0
+    for name, parameter in list_parameters(run, partial(quantize, run)).items():
+        if name not in plain or plain[name].nbytes != parameter.nbytes:
+            written += parameter.nbytes
+    private = {"weights": weights.private, "their copy for the file": written}
+    needs = Needs(private, mapped=weights.mapped)
+    if weights.loading > needs.total():
+        needs = weights_needs(weights)
+    refuse_needs(run, None, needs)
+
+
 def check_batch(run: Run, batch: Batch) -> None:
     """Check that a batch fits beside the weights, which are loaded. Raises and warns as above."""
     check_needs(run, batch, batch_needs(run, batch))
@@ -534,15 +554,22 @@ def free_memory(device: torch.device) -> Free | None:
     return None
 
 
-def check_needs(run: Run, batch: Batch | None, needs: Needs) -> None:
-    """Compare needs with what is free. Raises MemoryShortageError, or warns."""
+def refuse_needs(run: Run, batch: Batch | None, needs: Needs) -> Free | None:
+    """Raise MemoryShortageError if needs cannot fit; return what is free, None if unknown."""
     address_space = address_space_free()
     if run.device.type == "cpu" and address_space is not None:
         refuse_shortage(run, batch, needs, needs.mapped, address_space)
     free = free_memory(run.device)
+    if free is not None:
+        refuse_shortage(run, batch, needs, 0, free)
+    return free
+
+
+def check_needs(run: Run, batch: Batch | None, needs: Needs) -> None:
+    """Compare needs with what is free. Raises MemoryShortageError, or warns."""
+    free = refuse_needs(run, batch, needs)
     if free is None:
         return
-    refuse_shortage(run, batch, needs, 0, free)
     if needs.total() + needs.growth > free.bytes:
         warnings.warn(
             f"the run may need {format_bytes(needs.total() + needs.growth)} with answers of full "

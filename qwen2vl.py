@@ -304,6 +304,11 @@ class AttentionContext:
     dropout: float = 0.0  # share of attention weights set to zero at random, in training
 
 
+def repeat_heads(x: Tensor, count: int) -> Tensor:
+    """Return keys or values [B, G, K, D] as [B, count, K, D], once for each query head."""
+    return x.repeat_interleave(count // x.shape[1], dim=1)
+
+
 def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """Compute softmax(q kᵀ / √D) v, one line per step of the formula.
 
@@ -312,9 +317,8 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) 
     """
     if context.seqlens is not None:
         return attend_per_sequence(eager_attention, q, k, v, context.seqlens)
-    group_size = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(group_size, dim=1)  # [B, H, K, D]
-    v = v.repeat_interleave(group_size, dim=1)
+    k = repeat_heads(k, q.shape[1])  # [B, H, K, D]
+    v = repeat_heads(v, q.shape[1])
     scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # [B, H, S, K]
     mask = context.mask
     if context.causal:
@@ -337,6 +341,11 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -
         # One new token: the query heads that share a key pass as queries of one head, which
         # is far faster than enable_gqa.
         q = q.reshape(shape[0], k.shape[1], -1, shape[3])
+    else:
+        # enable_gqa has no fused kernel on CPUs before torch 2.9, nor with a mask on GPUs: PyTorch
+        # would then compute all [S, K] scores.
+        k = repeat_heads(k, shape[1])
+        v = repeat_heads(v, shape[1])
     out = F.scaled_dot_product_attention(
         q,
         k,
@@ -344,7 +353,6 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -
         attn_mask=context.mask,
         is_causal=context.causal,
         dropout_p=context.dropout,
-        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.reshape(shape)
 

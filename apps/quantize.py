@@ -18,13 +18,17 @@ if __name__ == "__main__":  # before the imports, which take seconds
     startup.begin()
 
 import argparse
+import warnings
 from pathlib import Path
+
+import torch
 
 import command_line
 import linear
+import memory
 from checkpoint_files import find_checkpoint, find_packing
 from hub import SETTINGS
-from load_weights import load_model, save_model
+from load_weights import checkpoint_dtype, load_config, load_model, save_model
 from output_files import check_directory, write_file
 
 # Written by `save_model`, or about the weights of the original.
@@ -51,6 +55,17 @@ def copy_settings(source: Path, target: Path) -> list[str]:
     return sorted(names)
 
 
+def open_run(source: Path, bits: int) -> memory.Run:
+    """Return what quantizing a checkpoint needs memory for. Raises ValueError as loading does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come when the model is loaded
+        config = load_config(source)
+    run = memory.Run(config, torch.device("cpu"), checkpoint_dtype(source), quantize=f"int{bits}")
+    run.quantize_head = False
+    run.stored_dtypes = memory.read_stored_dtypes(source, config)
+    return run
+
+
 def quantize(arguments: argparse.Namespace) -> None:
     """Write the quantized checkpoint. Raises OSError or ValueError with one sentence."""
     out = Path(arguments.out)
@@ -58,6 +73,8 @@ def quantize(arguments: argparse.Namespace) -> None:
     source = find_checkpoint(arguments.model)
     if find_packing(source) is not None:
         raise ValueError(f"{source} is quantized already: expected a checkpoint of plain weights")
+    if arguments.memory_check:
+        memory.check_quantizing(open_run(source, arguments.bits))
     model = load_model(source, "cpu")
     before = sum(parameter.nbytes for parameter in model.parameters())
     linear.quantize_linears(model.model, f"int{arguments.bits}")  # the decoder without the head
@@ -84,6 +101,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", metavar="DIR", required=True, help="a directory that is new or empty"
     )
+    command_line.add_memory_check_option(parser)
     parser.add_argument("--quiet", action="store_true", help="print warnings only")
     return parser.parse_args(argv)
 

@@ -11,9 +11,11 @@ from transformers import Qwen2VLForConditionalGeneration
 
 import generate
 import linear
+import memory
 from apps import quantize
 from command_line import BUNDLED_CHECKPOINT
 from load_weights import load_model
+from memory import Free
 
 QUESTION = ["--image", str(BUNDLED_CHECKPOINT.parent.parent / "examples/shapes.png")]
 QUESTION += ["--prompt", "Describe the image.", "--device", "cpu"]
@@ -103,6 +105,35 @@ def test_quantize_refuses_what_is_quantized_already(tmp_path, capsys):
     assert run(tmp_path / "out", "--model", str(packed)) == 2
     assert "is quantized already: expected a checkpoint of plain weights" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantize_refuses_what_cannot_fit_before_it_loads(bits, tmp_path, monkeypatch, capsys):
+    """The quantized weights exist twice when they are written, as the file alone shows."""
+    out = tmp_path / "out"
+    assert run(out, bits=bits) == 0
+    written = load_file(out / "model.safetensors")
+    original = load_file(BUNDLED_CHECKPOINT / "model.safetensors")
+    packed = sum(tensor.nbytes for name, tensor in written.items() if name not in original)
+    capsys.readouterr()
+    loads = []
+
+    def load(*arguments):
+        loads.append(arguments)
+        return load_model(*arguments)
+
+    monkeypatch.setattr(quantize, "load_model", load)
+    monkeypatch.setattr(memory, "cpu_free", lambda: Free(int(1.6 * packed), 0, "on this machine"))
+    shutil.rmtree(out)
+    assert run(out, bits=bits) == 2
+    assert "apps.quantize: memory does not suffice: about " in capsys.readouterr().err
+    assert loads == []
+    assert not out.exists()
+    monkeypatch.setattr(memory, "cpu_free", lambda: Free(2 * packed, 0, "on this machine"))
+    assert run(out, bits=bits) == 0
+    shutil.rmtree(out)
+    monkeypatch.setattr(memory, "cpu_free", lambda: Free(10**5, 0, "on this machine"))
+    assert run(out, "--no-memory-check", bits=bits) == 0
 
 
 def test_quantize_names_a_checkpoint_that_is_missing(tmp_path, capsys):

@@ -662,7 +662,7 @@ def test_sdpa_attention_groups_the_heads_of_a_key_for_one_query(monkeypatch):
     original = torch.nn.functional.scaled_dot_product_attention
 
     def recorded(q, k, v, **sdpa_kwargs):
-        calls.append((list(q.shape), sdpa_kwargs["enable_gqa"]))
+        calls.append((list(q.shape), list(k.shape)))
         return original(q, k, v, **sdpa_kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
@@ -673,7 +673,25 @@ def test_sdpa_attention_groups_the_heads_of_a_key_for_one_query(monkeypatch):
     context = AttentionContext(mask=mask)
     output = sdpa_attention(q, k, v, context)
     assert (output - eager_attention(q, k, v, context)).abs().max() < 1e-6
-    assert calls == [([3, 2, 3, 8], False)]
+    assert calls == [([3, 2, 3, 8], [3, 2, 5, 8])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_attention_allocates_no_scores_where_heads_share_a_key(dtype, masked):
+    tokens = 256
+    q = torch.randn(1, 6, tokens, 8, dtype=dtype)
+    k = torch.randn(1, 2, tokens, 8, dtype=dtype)
+    v = torch.randn(1, 2, tokens, 8, dtype=dtype)
+    mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril(-1)
+    mask[..., 0] = True
+    context = AttentionContext(mask=mask) if masked else AttentionContext(causal=True)
+    with TensorRecorder() as recorder:
+        output = sdpa_attention(q, k, v, context)
+    # One head's scores, or a float mask of the fused kernel, are the most that is allowed.
+    assert recorder.largest <= tokens**2
+    tolerance = 0.02 if dtype == torch.bfloat16 else 1e-5
+    assert gap(output, eager_attention(q, k, v, context)) < tolerance
 
 
 def test_vision_encoder_calls_sdpa_without_a_mask(monkeypatch):
