@@ -7,7 +7,7 @@ Source: transformers 5.23.0, `utils/chat_template_utils.py`.
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ BUILT_IN_TEMPLATES = (
 )
 
 # A template may repeat anything any number of times. The prompt that it renders is bounded, and so
-# is the sum of the lengths of all `range(...)` that it loops over, the steps of all loops, and what
-# `+`, `~`, `*` and `**` may make.
+# is the sum of the lengths of all `range(...)` that it loops over, the steps of all loops, what
+# `+`, `~`, `*` and `**` may make, and the text of a macro or of a block that is set.
 # (A template can still fill memory by other means, such as wide formats. The reference has no
 # bounds.)
 MAX_PROMPT_CHARACTERS = 2**26
@@ -107,6 +107,14 @@ def _bounded_sum(left: Any, right: Any) -> Any:
         if len(left) + len(right) > MAX_PROMPT_CHARACTERS:
             raise OverflowError(f"a text exceeds {MAX_PROMPT_CHARACTERS:,} characters")
     return left + right
+
+
+def _bounded_join(pieces: Iterable[str]) -> str:
+    """Return the text of a macro or of a block that is set, within the same bound."""
+    pieces = list(pieces)
+    if sum(len(piece) for piece in pieces) > MAX_PROMPT_CHARACTERS:
+        raise OverflowError(f"a text exceeds {MAX_PROMPT_CHARACTERS:,} characters")
+    return "".join(pieces)
 
 
 def _bounded_concat(*values: Any) -> str:
@@ -257,6 +265,7 @@ def _jinja_environment() -> Any:
         intercepted_binops = frozenset(("+", "*", "**"))
         count_step = staticmethod(_count_step)
         bounded_concat = staticmethod(_bounded_concat)
+        concat = staticmethod(_bounded_join)  # Jinja's name for what joins the output of a block
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "+":

@@ -1041,6 +1041,21 @@ def test_decode_never_cleans_up_spaces(editable_folder):
     assert ours.decode(ids) == theirs.decode(ids) == "a , b . do n't !"
 
 
+def test_encode_refuses_a_word_pattern_that_backtracks_without_end(tmp_path):
+    """The regular expressions of the library have a limit of their own, beyond which it panics."""
+    folder = build_small_tokenizer(tmp_path)
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(a+)+b"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    edit_json(folder / "tokenizer.json", lambda fields: fields.update(pre_tokenizer=split))
+    tokenizer = Tokenizer.from_pretrained(folder)
+    with pytest.raises(ValueError, match=r"the tokenizer cannot be used: .*retry-limit"):
+        tokenizer.encode("a" * 40)
+
+
 # --- a checkpoint's own chat template ---
 
 # Templates in the manner of real checkpoints, written for these tests.
@@ -1408,6 +1423,16 @@ def test_add_tokens_refuses_what_is_no_text(tokens, tmp_path):
         (
             "{% set n = namespace(s=[1]) %}{% for i in range(99) %}{% set n.s = n.s + n.s %}"
             "{% endfor %}",
+            "a text exceeds",
+        ),
+        (
+            "{% set n = namespace(s='x') %}{% for i in range(20) %}"
+            "{% set s %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = s %}{% endfor %}",
+            "a text exceeds",
+        ),
+        (
+            "{% macro f(s) %}{{ s }}{{ s }}{% endmacro %}{% set n = namespace(s='x') %}"
+            "{% for i in range(20) %}{% set n.s = f(n.s) %}{% endfor %}",
             "a text exceeds",
         ),
     ],
