@@ -17,9 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packed_weights import Grouping, Packing, Unpacked, dequantize
+from int4_layout import (
+    block_ranges,
+    pack_for_kernel,
+    pack_pairs_for_kernel,
+    pair_rows,
+    unpack_from_kernel,
+)
+from packed_weights import Grouping, Packing, Unpacked, copy_in_order, dequantize
 
 MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight takes
+# So many make up for dequantizing (measured in benchmarks/README.md): of 8 bits where bfloat16 has
+# no instructions, of 4 bits everywhere.
+MANY_INT8_ROWS = 32
+MANY_INT4_ROWS = 128
+# Outputs of layers of 4 bits that are in the cache between steps; whole blocks of the kernel.
+INT4_QUANTIZED = 256
+INT4_LOADED = 1024
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -117,6 +131,21 @@ def row_chunks(rows: int, device: torch.device) -> Iterator[tuple[int, int]]:
     size = {"cuda": 4096, "meta": rows}.get(device.type, 64)
     for start in range(0, rows, size):
         yield start, min(start + size, rows)
+
+
+def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which the CPU multiplies many rows of a dtype by dequantized weights.
+
+    Never float16, which products with integers overflow before they are scaled.
+    """
+    if dtype == torch.bfloat16 and has_fast_half_matmul(dtype):
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunk_rows(inputs: int) -> int:
+    """Return how many outputs of so many inputs are dequantized at once for a matmul."""
+    return max(256, 2**21 // inputs)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -222,15 +251,33 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
-        on_cpu = x.device.type == "cpu"
-        if on_cpu and x.numel() < MANY_ROWS * x.shape[-1]:
-            rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
-            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
-            y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        if x.device.type != "cpu":
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
         else:
-            matmul = cpu_matmul if on_cpu else F.linear
-            y = matmul(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            y = self.multiply_on_cpu(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+    def multiply_on_cpu(self, x: Tensor) -> Tensor:
+        """Return x [n, in] times the weights: [n, out], in x's dtype."""
+        many = MANY_ROWS if has_fast_half_matmul(torch.bfloat16) else MANY_INT8_ROWS
+        if len(x) >= many:
+            return self.multiply_many(x)
+        rows = x.bfloat16().contiguous()
+        return torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype)
+
+    def multiply_many(self, x: Tensor) -> Tensor:
+        """Return x [n, in] times the weights on the CPU: [n, out], in x's dtype.
+
+        Only some of the weights are converted at a time, so that they stay in the cache.
+        """
+        y = x.new_empty(len(x), self.out_features)
+        x = x.to(matmul_dtype(x.dtype))
+        step = chunk_rows(self.in_features)
+        for start in range(0, self.out_features, step):
+            outputs = slice(start, start + step)
+            products = cpu_matmul(x, self.weight[outputs].to(x.dtype))
+            y[:, outputs] = products.mul_(self.scale[outputs].to(x.dtype))
+        return y
 
 
 class GroupedInt8Linear(QuantizedLinear):
@@ -294,37 +341,13 @@ class GroupedInt8Linear(QuantizedLinear):
         return y if self.bias is None else y + self.bias
 
 
-# The kernel's own layout of 4-bit integers differs between processors.
-def pack_for_kernel(numbers: Tensor) -> Tensor:
-    """Return integers from 0 to 15 [n, in] as uint8 [n or up to 15 more, in / 2] for the kernel."""
-    numbers = F.pad(numbers, (0, 0, 0, -len(numbers) % 16))  # it takes multiples of sixteen
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
-
-
-def unpack_from_kernel(packed: Tensor) -> Tensor:
-    """Return the integers, uint8 [n, in], that `pack_for_kernel` packed.
-
-    How they are arranged is found out by packing the digits of their positions.
-    """
-    rows, inputs = packed.shape[0], 2 * packed.shape[1]
-    positions = torch.arange(rows * inputs).view(rows, inputs)
-    order = torch.zeros(packed.numel(), 2, dtype=torch.int64)
-    for shift in range(0, (rows * inputs).bit_length(), 4):
-        digits = pack_for_kernel(positions >> shift & 15).flatten()
-        order |= torch.stack((digits & 15, digits >> 4), dim=1).long() << shift
-    values = torch.stack((packed.flatten() & 15, packed.flatten() >> 4), dim=1)
-    numbers = torch.empty(rows * inputs, dtype=torch.uint8)
-    numbers[order.flatten()] = values.flatten()
-    return numbers.view(rows, inputs)
-
-
 class Int4Linear(QuantizedLinear):
     """A linear layer whose weights are integers from 0 to 15, on the CPU alone.
 
     A group of inputs shares a scale and an offset: weight = (number - 8) · scale + offset, where
     the offset is (8 - zero) · scale, rounded to bfloat16. Without act-order the inputs of a group
-    are neighbors. One kernel serves any number of rows, in bfloat16; for long prompts it is slower
-    than plain weights.
+    are neighbors. Few rows are multiplied by a kernel that reads the integers, in bfloat16; for
+    many the weights are dequantized, some outputs at a time, as a plain matmul is faster then.
     """
 
     GROUP = 32  # of those that are quantized here
@@ -347,12 +370,13 @@ class Int4Linear(QuantizedLinear):
         self.in_features = 2 * weight.shape[1]
         self.out_features, groups = scale.shape
         self.group_size = self.in_features // groups
-        scale = scale.bfloat16()
-        offset = ((8 - zero.float()) * scale.float()).bfloat16()
-        pairs = torch.stack((scale, offset), dim=2).transpose(0, 1)  # [groups, out, 2]
-        pairs = F.pad(pairs, (0, 0, 0, len(weight) - self.out_features))
+        scale = scale.T.bfloat16()
+        offset = ((8 - zero.T.float()) * scale.float()).bfloat16()
+        pairs = torch.stack((scale, offset), dim=2)  # [groups, out, 2]
+        if len(weight) > self.out_features:
+            pairs = F.pad(pairs, (0, 0, 0, len(weight) - self.out_features))
         self.weight = frozen(weight)
-        self.scale = frozen(pairs.contiguous())
+        self.scale = frozen(pairs)
         self.bias = bias
         self.input_order = None if input_order is None else frozen(input_order)
 
@@ -368,8 +392,8 @@ class Int4Linear(QuantizedLinear):
                 f"int4 needs layers of whole groups of {cls.GROUP} inputs, found one of "
                 f"{weight.shape[1]}"
             )
-        chunks = row_chunks(len(weight), weight.device)
-        quantized = (cls.quantize(weight[start:stop].float()) for start, stop in chunks)
+        step = len(weight) if weight.is_meta else INT4_QUANTIZED
+        quantized = (cls.quantize(chunk.float()) for chunk in weight.split(step))
         return cls.from_chunks(quantized, linear.bias)
 
     @classmethod
@@ -399,34 +423,43 @@ class Int4Linear(QuantizedLinear):
         One covers a group from its smallest to its largest weight. The other is a little smaller:
         it clips those, and rounds all others less.
         """
-        groups = rows.unflatten(1, (-1, cls.GROUP))
-        whole, whole_error = cls.quantize_groups(groups, 1)
-        small, small_error = cls.quantize_groups(groups, cls.SHRINK)
-        is_better = small_error < whole_error  # [n, groups]
-        return Unpacked(
-            torch.where(is_better[..., None], small.numbers, whole.numbers).flatten(1),
-            torch.where(is_better, small.zeros, whole.zeros),
-            torch.where(is_better, small.scales, whole.scales),
-        )
+        # Neighboring rows are neighbors in memory, so that a scale for each serves whole vectors.
+        groups = rows.T.contiguous().unflatten(0, (-1, cls.GROUP))  # [groups, GROUP, n]
+        low = groups.amin(1)
+        high = groups.amax(1)
+        whole, whole_zero = cls.scale_of_range(low, high)
+        small, small_zero = cls.scale_of_range(low * cls.SHRINK, high * cls.SHRINK)
+        whole_error = cls.squared_error(groups, whole, whole_zero)
+        is_better = cls.squared_error(groups, small, small_zero) < whole_error  # [groups, n]
+        scale = torch.where(is_better, small, whole)
+        zero = torch.where(is_better, small_zero, whole_zero)
+        numbers = cls.steps(groups, scale, zero).round_().clamp_(0, 15).to(torch.uint8)
+        return Unpacked(numbers.flatten(0, 1).T, zero.to(torch.uint8).T, scale.T)
 
     @staticmethod
-    def quantize_groups(groups: Tensor, share: float) -> tuple[Unpacked, Tensor]:
-        """Return float32 groups [n, groups, GROUP] as integers, and each group's squared error.
+    def scale_of_range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scale, bfloat16, and the zero point, float32, for weights from low to high.
 
-        share: of the range of the weights that the integers cover. The zero point is at least 1,
-        as the format that GPTQ saves has no place for 0.
+        The zero point is at least 1, as the format that GPTQ saves has no place for 0.
         """
-        high = groups.amax(2).clamp(min=0) * share  # [n, groups]
-        low = torch.minimum(groups.amin(2) * share, -high / 14)
+        high = high.clamp(min=0)
+        low = torch.minimum(low, -high / 14)
         scale = ((high - low) / 15).clamp(min=1e-12).bfloat16()
+        return scale, (-low / scale.float()).round().clamp(1, 15)
+
+    @staticmethod
+    def steps(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return float32 weights [groups, GROUP, n] in steps of the scale [groups, n] from 0 up."""
         step = scale.float()
-        zero = (-low / step).round().clamp(1, 15)
         offset = ((8 - zero) * step).bfloat16().float()  # what the kernel will add
-        numbers = (groups - offset[..., None]) / step[..., None] + 8
-        numbers = numbers.round_().clamp_(0, 15)
-        weights = (numbers - 8) * step[..., None] + offset[..., None]
-        error = (weights - groups).square().sum(2)
-        return Unpacked(numbers.to(torch.uint8), zero.to(torch.uint8), scale), error
+        return torch.addcmul((8 - offset / step)[:, None], groups, (1 / step)[:, None])
+
+    @classmethod
+    def squared_error(cls, groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Return the sum of the squared errors of each group of weights, [groups, n]."""
+        exact = cls.steps(groups, scale, zero)
+        errors = exact.round().clamp_(0, 15).sub_(exact)
+        return errors.square_().sum(1) * scale.float().square()
 
     def method(self) -> str:
         return "int4"
@@ -452,14 +485,52 @@ class Int4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
-        rows = x.reshape(-1, x.shape[-1]).bfloat16().contiguous()
+        rows = x.reshape(-1, x.shape[-1])
         if self.input_order is not None:
             rows = rows[:, self.input_order]
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self.weight, self.group_size, self.scale
-        )
-        y = y[:, : self.out_features].to(x.dtype).reshape(*x.shape[:-1], -1)
+        if len(rows) < MANY_INT4_ROWS:
+            rows = rows.bfloat16().contiguous()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows, self.weight, self.group_size, self.scale
+            )
+            y = y.to(x.dtype)
+        else:
+            y = self.multiply_many(rows)
+        y = y[:, : self.out_features].reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
+
+    def multiply_many(self, x: Tensor) -> Tensor:
+        """Return x [n, in] times the weights, padding included: [n, ≥ out], in x's dtype.
+
+        Only some of the weights are dequantized at a time, so that they stay in the cache.
+        """
+        y = x.new_empty(len(x), len(self.weight))
+        x = x.to(matmul_dtype(x.dtype))
+        for start, stop, size in block_ranges(len(self.weight), chunk_rows(self.in_features)):
+            weight = self.dequantize_halves(start, stop, size, x.dtype)
+            products = cpu_matmul(x, weight.flatten(1).T).T.unflatten(0, (2, -1, size // 2))
+            outputs = pair_rows(y[:, start:stop].T, size)
+            for output, product in zip(outputs, products, strict=True):
+                output.copy_(product)
+        return y
+
+    def dequantize_halves(self, start: int, stop: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Return the weights of the outputs from start to stop, in blocks of that size.
+
+        [in, 2, (stop - start) / 2]: first the outputs in the low bits, then those in the high bits,
+        as the kernel's layout has the outputs of an input as neighbors.
+        """
+        packed = self.weight[start:stop].view(-1, self.in_features, size // 2)
+        packed = packed.transpose(0, 1).flatten(1)  # [in, n / 2]
+        scales = pair_rows(self.scale[:, start:stop].transpose(0, 1), size)
+        weight = torch.empty(self.in_features, 2, packed.shape[1], dtype=dtype)
+        for i, numbers in enumerate((packed & 15, packed >> 4)):
+            pairs = scales[i].flatten(0, 1).permute(2, 1, 0).to(dtype).contiguous()
+            scale, offset = pairs.unsqueeze(2)  # [groups, 1, n / 2]
+            steps = (numbers.view(torch.int8) - 8).to(dtype)
+            grouped = weight[:, i].unflatten(0, (-1, self.group_size))
+            torch.addcmul(offset, steps.view(grouped.shape), scale, out=grouped)
+        return weight
 
 
 def quantize_linears(model: nn.Module, bits: str) -> None:
@@ -579,7 +650,24 @@ def int4_layer(layer: PackedLinear) -> Int4Linear | None:
     size = layer.group_size()
     if size not in Int4Linear.GROUPS or not has_equal_groups(layer, size):
         return None
+    if layer.packing.method == "GPTQ" and not layer.packing.act_order:
+        return int4_layer_of_pairs(layer)
     return Int4Linear.from_chunks(layer.unpack_chunks(), layer.bias, input_order(layer))
+
+
+def int4_layer_of_pairs(layer: PackedLinear) -> Int4Linear:
+    """Return a layer of 4 bits for the kernel from GPTQ's tensors, groups being neighbors.
+
+    Byte by byte: GPTQ has two neighboring inputs in a byte, the kernel two outputs.
+    """
+    tensors = layer.tensors()
+    qweight = tensors["qweight"]  # [in / 8, out]
+    packed = []
+    for start in range(0, layer.out_features, INT4_LOADED):
+        words = copy_in_order(qweight[:, start : start + INT4_LOADED].T)
+        packed.append(pack_pairs_for_kernel(words.view(torch.uint8)))
+    zeros = layer.packing.unpack_zeros(tensors, 0, layer.out_features)
+    return Int4Linear(torch.cat(packed), zeros, tensors["scales"].T, layer.bias)
 
 
 def int8_layer(layer: PackedLinear) -> Int8Linear | GroupedInt8Linear | None:

@@ -268,8 +268,9 @@ def decoder_activations(run: Run, batch: Batch) -> int:
     # cos and sin; three tensors of the inner width.
     inner = tokens * config.intermediate_size * run.dtype.itemsize
     mlp = tokens * (4 * config.hidden_size + 2 * config.head_dim) * run.dtype.itemsize + 3 * inner
-    if run.quantize == "int8":
-        # A matmul converts its weight to the dtype; the third inner tensor is made after that.
+    if run.quantize == "int8" and run.device.type != "cpu":
+        # A matmul converts its weight to the dtype; the third inner tensor is made after that. (On
+        # the CPU it converts a few outputs at a time.)
         copied_weight = config.intermediate_size * config.hidden_size * run.dtype.itemsize
         mlp += max(0, copied_weight - inner)
     # In attention: embedded prompt, input, norm, and queries, keys and values, repeated.

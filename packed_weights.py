@@ -133,19 +133,23 @@ class Packing:
 
     def unpack(self, tensors: dict[str, Tensor], start: int, stop: int) -> Unpacked:
         """Return the integers of the outputs from start to stop, multiples of 8 or the end."""
-        outputs = slice(start, stop)
-        scales = tensors["scales"][:, outputs].T
+        scales = tensors["scales"][:, start:stop].T
+        zeros = self.unpack_zeros(tensors, start, stop)
+        if self.method == "AWQ":
+            places = 32 // self.bits
+            words = tensors["qweight"][:, start // places : stop // places]
+            return Unpacked(awq_outputs(unpack_int32(words, self.bits)), zeros, scales)
+        words = tensors["qweight"][:, start:stop].T
+        return Unpacked(unpack_int32(words, self.bits), zeros, scales)
+
+    def unpack_zeros(self, tensors: dict[str, Tensor], start: int, stop: int) -> Tensor:
+        """Return the zero points of the outputs from start to stop, uint8 [n, groups]."""
         places = 32 // self.bits
-        words = slice(start // places, stop // places)
-        qzeros = tensors["qzeros"][:, words]
+        qzeros = tensors["qzeros"][:, start // places : stop // places]
         if self.stores_zero_minus_one:
             qzeros = add_to_packed(qzeros, self.bits, 1)
         zeros = unpack_int32(qzeros, self.bits)
-        if self.method == "AWQ":
-            numbers = unpack_int32(tensors["qweight"][:, words], self.bits)
-            return Unpacked(awq_outputs(numbers), awq_outputs(zeros), scales)
-        numbers = unpack_int32(tensors["qweight"][:, outputs].T, self.bits)
-        return Unpacked(numbers, zeros.T, scales)
+        return awq_outputs(zeros) if self.method == "AWQ" else zeros.T
 
 
 def check_widths(inputs: int, outputs: int, bits: int) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 import generate
 import linear
 from command_line import BUNDLED_CHECKPOINT
-from linear import MANY_ROWS, Int4Linear, Int8Linear, Linear
+from linear import MANY_INT4_ROWS, MANY_INT8_ROWS, MANY_ROWS, Int4Linear, Int8Linear, Linear
 from load_weights import load_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
@@ -241,10 +241,11 @@ def test_int4_weights_are_within_half_a_step_or_clipped_a_little(outputs, inputs
 
 def test_int4_takes_the_better_of_two_scales():
     rows = torch.randn(64, 128)
+    groups = rows.T.unflatten(0, (-1, Int4Linear.GROUP))
     errors = []
     for share in (1, Int4Linear.SHRINK):
-        groups = rows.unflatten(1, (-1, Int4Linear.GROUP))
-        errors.append(Int4Linear.quantize_groups(groups, share)[1])
+        scale, zero = Int4Linear.scale_of_range(groups.amin(1) * share, groups.amax(1) * share)
+        errors.append(Int4Linear.squared_error(groups, scale, zero).T)
     assert (errors[0] < errors[1]).any()
     assert (errors[1] < errors[0]).any()
     plain = make_linear(128, 64, bias=False)
@@ -317,6 +318,82 @@ def test_quantized_linear_gives_the_same_for_few_rows_and_many(kind):
     with torch.no_grad():
         one_by_one = torch.cat([quantized(row[None]) for row in x])
         assert relative_error(one_by_one, quantized(x)) < LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("outputs", [16, 37, 64, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("has_fast_bfloat16", [False, True])
+def test_int4_many_rows_equal_the_kernel_within_rounding(
+    has_fast_bfloat16, dtype, outputs, monkeypatch
+):
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: has_fast_bfloat16)
+    monkeypatch.setattr(linear, "chunk_rows", lambda inputs: 256)  # three chunks of the largest
+    quantized = Int4Linear.from_linear(make_linear(128, outputs, dtype=dtype))
+    x = torch.randn(MANY_INT4_ROWS, 128).bfloat16().to(dtype)  # the kernel rounds the inputs
+    with torch.no_grad():
+        many = quantized(x)
+        monkeypatch.setattr(linear, "MANY_INT4_ROWS", len(x) + 1)
+        few = quantized(x)
+    assert many.dtype == dtype
+    assert many.shape == (len(x), outputs)
+    assert relative_error(many, few) < LIMITS[torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("is_fast", "expected"),
+    [(False, [MANY_INT8_ROWS, 100]), (True, [MANY_ROWS, MANY_INT8_ROWS - 1, MANY_INT8_ROWS, 100])],
+)
+def test_int8_takes_the_plain_matmul_sooner_where_bfloat16_is_fast(is_fast, expected, monkeypatch):
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: is_fast)
+    quantized = Int8Linear.from_linear(make_linear(32, 16, dtype=torch.bfloat16))
+    rows = []
+    multiply = quantized.multiply_many
+    monkeypatch.setattr(quantized, "multiply_many", lambda x: rows.append(len(x)) or multiply(x))
+    with torch.no_grad():
+        for count in (1, MANY_ROWS - 1, MANY_ROWS, MANY_INT8_ROWS - 1, MANY_INT8_ROWS, 100):
+            assert quantized(torch.randn(count, 32).bfloat16()).shape == (count, 16)
+    assert rows == expected
+
+
+def test_int4_takes_the_plain_matmul_from_many_rows_on(monkeypatch):
+    quantized = Int4Linear.from_linear(make_linear(32, 16, dtype=torch.bfloat16))
+    rows = []
+    multiply = quantized.multiply_many
+    monkeypatch.setattr(quantized, "multiply_many", lambda x: rows.append(len(x)) or multiply(x))
+    with torch.no_grad():
+        for shape in ((MANY_INT4_ROWS - 1,), (2, MANY_INT4_ROWS // 2), (1, MANY_INT4_ROWS)):
+            assert quantized(torch.randn(*shape, 32).bfloat16()).shape == (*shape, 16)
+    assert rows == [MANY_INT4_ROWS, MANY_INT4_ROWS]
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_many_rows_dequantize_only_some_outputs_at_a_time(kind, monkeypatch):
+    quantized = kind.from_linear(make_linear(64, 700, bias=False, dtype=torch.bfloat16))
+    x = torch.randn(MANY_INT4_ROWS, 64).bfloat16()
+    outputs = []
+    multiply = linear.cpu_matmul
+
+    def recorded(x, weight):
+        outputs.append(len(weight))
+        return multiply(x, weight)
+
+    with torch.no_grad():
+        expected = quantized(x)
+        monkeypatch.setattr(linear, "chunk_rows", lambda inputs: 256)
+        monkeypatch.setattr(linear, "cpu_matmul", recorded)
+        assert relative_error(quantized(x), expected) < LIMITS[torch.bfloat16]
+    assert max(outputs) == 256
+    assert sum(outputs) >= 700
+
+
+@pytest.mark.parametrize("rows", [1, MANY_INT8_ROWS])
+def test_int8_products_do_not_overflow_float16(rows):
+    plain = make_linear(1024, 16, bias=False)
+    plain.weight.data.fill_(0.01)
+    x = torch.full((rows, 1024), 10.0, dtype=torch.float16)
+    with torch.no_grad():
+        output = Int8Linear.from_linear(plain)(x)
+    assert relative_error(output, torch.full_like(output, 102.4)) < 0.01
 
 
 def test_int4_names_a_width_without_whole_groups():

@@ -108,12 +108,6 @@ def test_gptq_keeps_zero_points_of_zero(bits):
     assert torch.equal(again.numbers, numbers)
 
 
-@pytest.mark.parametrize("shape", [(16, 32), (48, 64), (64, 96), (272, 128), (256, 2048)], ids=str)
-def test_unpack_from_kernel_is_the_inverse_of_pack_for_kernel(shape):
-    numbers = torch.randint(0, 16, shape, dtype=torch.uint8)
-    assert torch.equal(linear.unpack_from_kernel(linear.pack_for_kernel(numbers)), numbers)
-
-
 # ------------------------------------------------------------------------------------- whole models
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", VARIANTS)
