@@ -26,6 +26,7 @@ import torch
 
 import linear
 import memory
+import prompt_lookup
 import startup
 from adapters import find_adapters
 from checkpoint_checks import check_eos_token_ids
@@ -210,6 +211,16 @@ def add_cuda_graph_option(parser: argparse.ArgumentParser) -> None:
         "--cuda-graph",
         action="store_true",
         help="capture the decode step as a CUDA graph and replay it",
+    )
+
+
+def add_prompt_lookup_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the programs that only generate, as `add_cuda_graph_option`."""
+    parser.add_argument(
+        "--prompt-lookup",
+        action="store_true",
+        help="guess tokens that repeat earlier ones and verify several at once: faster where "
+        "answers repeat the prompt; in 16 bits rounding may change an answer",
     )
 
 
@@ -428,6 +439,8 @@ def sampling_options(arguments: argparse.Namespace) -> dict:
             options[name] = value
     if arguments.stop is not None:
         options["stop_strings"] = arguments.stop
+    if getattr(arguments, "prompt_lookup", False):  # not every program has it
+        options["prompt_lookup_num_tokens"] = prompt_lookup.DEFAULT_NUM_TOKENS
     if options.get("temperature") == 0:
         options |= {"temperature": 1.0, "do_sample": False}
     elif options.keys() & {"temperature", "top_k", "top_p", "min_p"}:

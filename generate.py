@@ -38,6 +38,7 @@ from config_fields import (
     Positive,
     Probability,
     Share,
+    Size,
     Texts,
     check_field,
     check_fields,
@@ -46,6 +47,7 @@ from config_fields import (
 )
 from debug_nan import NotFiniteError
 from preprocess import Batch
+from prompt_lookup import PromptLookup
 from qwen2vl import Config, KVCache, Qwen2VL, at_least_float32
 from tokenizer import StreamDecoder, Tokenizer
 
@@ -79,6 +81,8 @@ class GenerationConfig:
     min_p: Probability = 0.0
     # An answer ends before any of these, see `StreamDecoder`.
     stop_strings: Texts = field(default_factory=list)
+    # For one sequence: guess up to so many tokens from those before, see prompt_lookup.py.
+    prompt_lookup_num_tokens: Size | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop_strings, str):
@@ -380,6 +384,10 @@ def generate_steps(
     if cache is None:
         batch_size, length = ids.shape
         cache = new_cache(model, batch_size, length, max(limits))
+    if config.prompt_lookup_num_tokens is not None and len(limits) == 1:
+        prompt = ids[0].tolist()
+        num_tokens = config.prompt_lookup_num_tokens
+        decode = PromptLookup(model, prompt, num_tokens, eos_token_ids(model), decode)
     sampler = Sampler(config, ids, mask, model.config.vocab_size)
     progress = Progress(model, limits, decoders)
 
@@ -516,6 +524,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "The answer goes to stdout, all else to stderr."
     )
     command_line.add_cuda_graph_option(parser)
+    command_line.add_prompt_lookup_option(parser)
     for option in MOVED_OPTIONS:
         parser.add_argument(option, nargs="?", action=MovedOption, help=argparse.SUPPRESS)
     arguments = command_line.parse_arguments(parser, argv)

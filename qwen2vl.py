@@ -329,6 +329,9 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) 
     return F.dropout(weights, context.dropout) @ v
 
 
+FEW_QUERIES = 12  # up to so many new tokens, heads that share a key are faster as its queries
+
+
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """The same by PyTorch's fused kernels, which hold no [S, K] scores.
 
@@ -337,10 +340,13 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -
     if context.seqlens is not None:
         return attend_per_sequence(sdpa_attention, q, k, v, context.seqlens)
     shape = q.shape
-    if shape[2] == 1:
-        # One new token: the query heads that share a key pass as queries of one head, which
-        # is far faster than enable_gqa.
-        q = q.reshape(shape[0], k.shape[1], -1, shape[3])
+    mask = context.mask
+    if shape[2] <= FEW_QUERIES and not context.causal:
+        # A few new tokens: the query heads that share a key pass as queries of one head, which
+        # is far faster than to repeat the keys.
+        q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # [B, G, H / G · S, D]
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, shape[1] // k.shape[1], 1)  # [B, 1, H / G · S, K]
     else:
         # enable_gqa has no fused kernel on CPUs before torch 2.9, nor with a mask on GPUs: PyTorch
         # would then compute all [S, K] scores.
@@ -350,7 +356,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -
         q,
         k,
         v,
-        attn_mask=context.mask,
+        attn_mask=mask,
         is_causal=context.causal,
         dropout_p=context.dropout,
     )
@@ -752,6 +758,15 @@ class KVCache:
         values[..., : self.length, :] = self.values[..., : self.length, :]
         self.keys = keys
         self.values = values
+
+    def set_length(self, length: int) -> None:
+        """Let go of the tokens after the first `length`, or take back some that were let go of.
+
+        They are text, in which each token is one position. What is let go of stays in memory until
+        other tokens are stored there or the memory grows.
+        """
+        self.next_position = self.next_position + (length - self.length)
+        self.length = length
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new k, v [B, G, S, D]; return views of all so far, [B, G, K, D]."""

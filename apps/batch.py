@@ -526,6 +526,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "that by rounding, above all in bfloat16",
     )
     command_line.add_cuda_graph_option(parser)
+    command_line.add_prompt_lookup_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
     command_line.check_cuda_graph_option(parser, arguments)
     return arguments

@@ -182,9 +182,7 @@ class Chat:
         cache = self.cache
         # At least twice the capacity, so that the memory doubles instead of growing in each turn.
         cache.max_length = max(len(ids) + new_tokens, 2 * cache.capacity)
-        # What is removed is text, in which each token is one position.
-        cache.next_position = cache.next_position - (cache.length - prefix)
-        cache.length = prefix
+        cache.set_length(prefix)  # what is removed is text
         return prefix
 
     def _shared_prefix(self, ids: list[int]) -> int:
@@ -438,6 +436,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "python -m apps.chat",
     )
     command_line.add_cuda_graph_option(parser)
+    command_line.add_prompt_lookup_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
     command_line.check_cuda_graph_option(parser, arguments)
     return arguments

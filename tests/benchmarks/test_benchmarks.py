@@ -20,6 +20,7 @@ from benchmarks import (
     llama,
     machine,
     processes,
+    prompt_lookup,
     scaling,
     summary,
     tables,
@@ -789,3 +790,33 @@ def test_draw_writes_a_panel_for_each_axis(tmp_path):
     curves = {axis: {name: sides for name, _ in parts} for axis, parts in scaling.CURVES.items()}
     scaling.draw({"curves": curves}, tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").stat().st_size < 200_000
+
+
+# ------------------------------------------------------------------------------------ prompt lookup
+def test_scripts_of_prompt_lookup_repeat_what_their_task_repeats():
+    tokens = list(range(2000))  # none occurs twice
+    for number in (0, 2):
+        tasks = prompt_lookup.scripts(tokens, number)
+        assert {len(answer) for _, answer in tasks.values()} == {prompt_lookup.ANSWER}
+        shares = {}
+        for task, (prompt, answer) in tasks.items():
+            assert len(prompt) == prompt_lookup.PROMPT
+            shares[task] = len(set(answer) & set(prompt)) / len(answer)
+        assert shares == {"transcribe": 1.0, "extract": 0.75, "new text": 0.0}
+
+
+def test_scripted_model_answers_its_script_and_other_answers_are_refused(monkeypatch):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    small |= {"num_key_value_heads": 1, "vocab_size": 14000}
+    small["rope_scaling"] = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    monkeypatch.setattr(prompt_lookup, "CONFIG_2B", checkpoint.CONFIG_2B | small)
+    vision = {"embed_dim": 16, "num_heads": 2, "hidden_size": 16}
+    monkeypatch.setattr(prompt_lookup, "VISION_2B", checkpoint.VISION_2B | vision)
+    model = prompt_lookup.build_model("float32")
+    prompt = list(range(20, 60))
+    answer = prompt[5:30]
+    for num_tokens in (None, 8):
+        assert prompt_lookup.decode_seconds(model, prompt, answer, num_tokens) > 0
+    monkeypatch.setattr(model, "forward", super(type(model), model).forward)
+    with pytest.raises(ValueError, match="expected the scripted answer"):
+        prompt_lookup.decode_seconds(model, prompt, answer, 8)
