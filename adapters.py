@@ -31,12 +31,10 @@ import torch
 from torch import Tensor
 
 from checkpoint_files import (
-    StoredTensor,
     find_checkpoint,
+    find_format,
     first_few,
     holds_model,
-    naming,
-    open_shard,
     parameter_name,
     quantization_method,
     quantization_settings,
@@ -44,6 +42,7 @@ from checkpoint_files import (
 from config_fields import Size, check_fields, is_integer, is_number, is_size
 from json_files import read_json
 from qwen2vl import Config
+from stored_tensors import StoredTensor, naming, open_shard
 
 logger = logging.getLogger("qwen2vl")
 
@@ -55,7 +54,7 @@ HEAD = "lm_head.weight"
 
 # --------------------------------------------------------------------------- the base of an adapter
 # Endings of hub names of quantized weights, which adapters are trained on and not merged into.
-QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-[48]bit$|-AWQ$|-GPTQ(-Int[48])?$", re.IGNORECASE)
+QUANTIZED_NAME = re.compile(r"(-unsloth)?-bnb-8bit$|-AWQ$|-GPTQ(-Int[48])?$", re.IGNORECASE)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -135,9 +134,9 @@ def find_base(folder: Path, weights: bool = True) -> Path:
 
 
 def check_base(folder: Path) -> None:
-    """Raise ValueError if the base model's weights are quantized."""
+    """Raise ValueError if the base model's weights are quantized, and stay so when loaded."""
     settings = quantization_settings(read_json(folder, "config.json"))
-    if settings:
+    if settings and find_format(folder) is None:
         method = quantization_method(settings)
         raise ValueError(
             f"adapters are merged into full-precision weights, but those in {folder} are quantized "

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint_files import first_few, naming, open_shard
+from checkpoint_files import first_few
 from config_fields import field_problem
 from json_files import read_optional_json
 from qwen2vl import Config
+from stored_tensors import naming, open_shard
 
 
 # --------------------------------------------------------------------------------- number of layers

@@ -6,22 +6,17 @@ their tensors are listed.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 import reprlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from safetensors import safe_open
 
 import hub
-from errors import first_line, printable
-from json_files import LFS_POINTER, has_file, read_json
+from dequantize_formats import Format, parse_format
+from errors import printable
+from json_files import has_file, read_json
 from packed_weights import Packing, parse_packing
 
 WEIGHTS = "model.safetensors"
@@ -119,62 +114,6 @@ def explain_no_weights(folder: Path) -> str:
     return f"{folder} lacks {WEIGHTS}"
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn any error of the safetensors library in the block into a ValueError naming the file.
-
-    Where the address space is too small to map it, a MemoryError.
-    """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # a panic in its Rust code is no Exception
-        if os.strerror(errno.ENOMEM) in str(error):
-            raise MemoryError(f"{path} cannot be mapped") from error
-        raise ValueError(f"{path} is not a whole safetensors file: {first_line(error)}") from error
-
-
-def open_shard(path: Path) -> safe_open:
-    """Memory-map a safetensors file.
-
-    Raises ValueError naming it if it is empty, cut off or of another format.
-    """
-    with naming(path), open(path, "rb") as file:
-        start = file.read(32)
-    if start.startswith(LFS_POINTER.encode()):
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in {path.parent}"
-        )
-    with naming(path):
-        return safe_open(path, framework="pt")
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a safetensors file."""
-
-    path: Path
-    shard: safe_open
-    key: str  # its name there
-
-    def shape(self) -> list[int]:
-        with naming(self.path):
-            return self.shard.get_slice(self.key).get_shape()
-
-    def dtype(self) -> str:
-        """Return the dtype in the file's own terms: F32, BF16, F8_E4M3, I32, ..."""
-        with naming(self.path):
-            return self.shard.get_slice(self.key).get_dtype()
-
-    def is_floating_point(self) -> bool:
-        return "F" in self.dtype()
-
-    def load(self) -> torch.Tensor:
-        """Return the tensor, in place in the mapped file."""
-        with naming(self.path):
-            return self.shard.get_tensor(self.key)
-
-
 def parameter_name(name: str) -> str:
     """Return a tensor's name in `Qwen2VL`, which is that of the hub, from that in any layout.
 
@@ -262,21 +201,41 @@ def check_supported(folder: str | Path) -> None:
 
 
 def find_packing(folder: Path) -> Packing | None:
-    """Return how the linear layers of a checkpoint are packed, or None for plain weights.
+    """Return how the linear layers of a checkpoint stay packed, or None for plain weights.
 
+    Those that are dequantized while they are loaded count as plain (`find_format`).
     Raises ValueError for a quantization that cannot be loaded.
     """
     folder = Path(folder)
     raw_config = read_json(folder, "config.json")
     settings = quantization_settings(raw_config)
-    if not settings:
+    if not settings or find_format(folder) is not None:
         return None
     if isinstance(settings, dict) and settings.get("quant_method") in ("awq", "gptq"):
-        try:
+        with naming_settings(folder):
             return parse_packing(settings)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: quantization_config: {error}") from error
     raise ValueError(quantized_refusal(folder, quantization_method(settings), raw_config))
+
+
+def find_format(folder: Path) -> Format | None:
+    """Return how the layers are quantized that are dequantized while they are loaded, or None.
+
+    Raises ValueError for settings that contradict the format.
+    """
+    settings = quantization_settings(read_json(folder, "config.json"))
+    if not isinstance(settings, dict):
+        return None
+    with naming_settings(folder):
+        return parse_format(settings)
+
+
+@contextmanager
+def naming_settings(folder: Path) -> Iterator[None]:
+    """Name config.json and its field in a ValueError of the block."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: quantization_config: {error}") from error
 
 
 def quantization_settings(raw_config: dict) -> object:
@@ -300,10 +259,14 @@ def quantization_method(settings: object) -> str:
         method = method or "bitsandbytes"
         bits = 4 if settings.get("load_in_4bit") else 8
     name = METHODS.get(str(method).lower(), str(method or "an unnamed method"))
+    if method == "compressed-tensors" and isinstance(settings.get("format"), str):
+        name += f" {settings['format']}"
     return f"{name} ({bits} bits)" if isinstance(bits, int) else name
 
 
-def quantized_refusal(folder: Path, method: str, raw_config: dict) -> str:
+def quantized_refusal(
+    folder: Path, method: str, raw_config: dict, reason: str = "which cannot be loaded"
+) -> str:
     """Return the sentence for quantized weights; it names the full-precision checkpoint."""
     text_config = raw_config.get("text_config")
     width = raw_config.get("hidden_size")
@@ -312,8 +275,8 @@ def quantized_refusal(folder: Path, method: str, raw_config: dict) -> str:
     names = [name for hidden_size, name in FULL_PRECISION.items() if hidden_size == width]
     example = (names or ["Qwen/Qwen2-VL-2B-Instruct"])[0]
     return (
-        f"the weights in {folder} are quantized with {method}, which cannot be loaded: use the "
-        f"full-precision checkpoint, such as {example}, with --quantize int8 or int4 to save memory"
+        f"the weights in {folder} are quantized with {method}, {reason}: use the full-precision "
+        f"checkpoint, such as {example}, with --quantize int8 or int4 to save memory"
     )
 
 
@@ -341,9 +304,11 @@ def check_not_quantized(folder: Path, names: list[str]) -> None:
     """
     if any(".lora_A." in name or ".lora_B." in name for name in names):
         raise ValueError(adapter_refusal(folder))
+    endings = QUANTIZED_ENDINGS
     if any(".quant_state." in name for name in names):
-        method = "bitsandbytes"
-        raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
-    for ending, method in QUANTIZED_ENDINGS.items():
+        endings = {"": "bitsandbytes"}
+    for ending, method in endings.items():
         if any(name.endswith(ending) for name in names):
-            raise ValueError(quantized_refusal(folder, method, read_json(folder, "config.json")))
+            reason = "which its config.json does not describe"
+            raw_config = read_json(folder, "config.json")
+            raise ValueError(quantized_refusal(folder, method, raw_config, reason))

@@ -30,7 +30,7 @@ import prompt_lookup
 import startup
 from adapters import find_adapters
 from checkpoint_checks import check_eos_token_ids
-from checkpoint_files import check_supported, find_checkpoint
+from checkpoint_files import check_supported, find_checkpoint, find_format
 from conversations import content_kind
 from debug_nan import watch_modules
 from load_weights import (
@@ -536,6 +536,9 @@ def open_run(arguments: argparse.Namespace, directory: Path) -> memory.Run:
     run.generation_config = read_generation_config(directory, config.vocab_size)
     run.stored_dtypes = memory.read_stored_dtypes(directory, config, arguments.adapter)
     run.pack = memory.layer_packer(directory, config, set(run.stored_dtypes))
+    format = find_format(directory)
+    if format is not None:
+        run.dequantized_from = format.name
     return run
 
 
@@ -583,7 +586,11 @@ def load_checkpoint(
     check_vocabulary(processor, model, directory)
     if arguments.debug_nan:
         watch_modules(model)
-    logger.info(describe_model(arguments, model, time.perf_counter() - start))
+    line = describe_model(arguments, model, time.perf_counter() - start)
+    format = find_format(directory)
+    if format is not None:
+        line += f"\ndequantized from {format.name}: the weights take the memory of plain ones"
+    logger.info(line)
     return model
 
 

@@ -28,22 +28,22 @@ from adapters import Update, apply_adapters, check_base, find_adapters, merge_up
 from checkpoint_checks import check_stored_layers, check_weights_finite, read_generation_config
 from checkpoint_files import (
     WEIGHTS,
-    StoredTensor,
     check_not_quantized,
     check_supported,
+    find_format,
     find_packing,
     first_few,
-    naming,
-    open_shard,
     parameter_name,
     weight_files,
 )
 from checkpoint_files import find_checkpoint as find_checkpoint  # for users of this file
+from dequantize_formats import join_parts
 from errors import first_line, printable
 from json_files import read_json
 from output_files import write_file, write_json
 from packed_weights import Grouping, Packing, gptq_config, pack_gptq
 from qwen2vl import Config, Qwen2VL, VisionConfig
+from stored_tensors import StoredTensor, naming, open_shard
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -256,9 +256,10 @@ def common_prefix(names: list[str], expected: set[str]) -> str:
 def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTensor]:
     """Return every tensor of the files under the name of its parameter.
 
-    Stored `inv_freq` buffers are left out.
+    Stored `inv_freq` buffers are left out. Weights that are dequantized while they are loaded are
+    joined with their parts (`dequantize_formats.py`).
     Warns of a prefix that is removed from all names.
-    Raises ValueError for two tensors with one name.
+    Raises ValueError for two tensors with one name, or parts that do not fit.
     """
     tensors = []
     for path in paths:
@@ -282,7 +283,8 @@ def list_tensors(paths: list[Path], expected: set[str]) -> dict[str, StoredTenso
                 f"{tensor.key} in {tensor.path}"
             )
         stored[name] = tensor
-    return stored
+    format = find_format(paths[0].parent)
+    return stored if format is None else join_parts(stored, format)
 
 
 def described(folder: Path) -> str:

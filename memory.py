@@ -14,8 +14,9 @@ whose own memory does not fit cannot succeed; one whose mapped weights do not fi
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import linear
 from adapters import apply_adapters
-from checkpoint_files import find_packing, quantization_settings, weight_files
+from checkpoint_files import find_format, find_packing, quantization_settings, weight_files
 from config_fields import new_token_limit
 from json_files import read_json
 from load_weights import HEAD, PACKED_HEAD, empty_model, list_tensors, pack_linears
@@ -45,6 +46,7 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "I32": torch.int32,  # packed integers
+    "U4": torch.quint4x2,  # two to a byte, dequantized while they are loaded
 }
 MERGED = torch.uint8  # in place of the stored dtype of a weight that an adapter changes: a copy
 
@@ -69,6 +71,7 @@ class Run:
     stored_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     pack: Callable[[Qwen2VL], None] | None = None  # packs the layers that the checkpoint has packed
     quantize_head: bool = True  # with the decoder's layers
+    dequantized_from: str | None = None  # the format of weights that are plain once they are loaded
 
 
 class Size(NamedTuple):
@@ -83,14 +86,15 @@ def read_stored_dtypes(
 ) -> dict[str, torch.dtype]:
     """Return the dtype of each tensor in a checkpoint's files, which are mapped and not read.
 
-    It is empty where there are no files, or where the address space is too small for them.
+    Without files, or where the address space is too small for them, it holds those that
+    config.json plans in another dtype than that of the model (`planned_dtypes`).
     adapters: directories of those that change weights. Raises ValueError for damaged files.
     """
     names = set(list_parameters(Run(config, torch.device("meta"), torch.float32)))
     try:
         stored = list_tensors(weight_files(directory), names | {HEAD})
     except (FileNotFoundError, MemoryError):
-        return {}
+        return planned_dtypes(directory, names)
     dtypes = {}
     for name, tensor in stored.items():
         # Another dtype, such as F8_E4M3, is not that of any model: only its size counts.
@@ -98,6 +102,26 @@ def read_stored_dtypes(
     for name in apply_adapters(list(adapters), directory, config, stored):
         dtypes[name] = MERGED
     return dtypes
+
+
+def planned_dtypes(directory: Path, names: Collection[str]) -> dict[str, torch.dtype]:
+    """Return the dtypes of the weights that config.json lets be dequantized while they are loaded.
+
+    names: of all parameters. Its list of layers that stay plain may have regular expressions, of
+    which the ordinary letters alone are compared.
+    """
+    format = find_format(directory)
+    if format is None:
+        return {}
+    settings = quantization_settings(read_json(directory, "config.json"))
+    kept = ["norm", "embed_tokens", "patch_embed", "lm_head"]
+    for key in ("llm_int8_skip_modules", "modules_to_not_convert", "ignore"):
+        entries = settings.get(key) if isinstance(settings, dict) else None
+        for entry in entries if isinstance(entries, list) else []:
+            kept.append(re.sub(r"^re:|\.\*|[\^$\\]", "", str(entry)))
+    dtype = STORED_DTYPES.get(format.stored_dtype, torch.int8)
+    layers = {name for name in names if name.endswith(".weight")}
+    return {name: dtype for name in layers if not any(part in name for part in kept)}
 
 
 def layer_packer(
@@ -184,6 +208,13 @@ def quantize(run: Run, model: Qwen2VL) -> None:
         linear.quantize_linears(model if run.quantize_head else model.model, run.quantize)
 
 
+def file_size(parameter: Tensor, dtype: torch.dtype) -> int:
+    """Return the bytes of a parameter in a file that stores it in this dtype."""
+    if dtype == torch.quint4x2:
+        return parameter.numel() // 2
+    return parameter.numel() * dtype.itemsize
+
+
 def count_weights(run: Run) -> Weights:
     """Return the sizes of the weights. Raises ValueError where they cannot be quantized."""
     count = sum(parameter.numel() for parameter in list_parameters(run).values())
@@ -192,7 +223,7 @@ def count_weights(run: Run) -> Weights:
     in_place: dict[str, int] = {}
     for name, parameter in list_parameters(run, run.pack).items():
         stored_dtype = run.stored_dtypes.get(name, parameter.dtype)
-        file_bytes += parameter.numel() * stored_dtype.itemsize
+        file_bytes += file_size(parameter, stored_dtype)
         if run.device.type == "cpu" and stored_dtype == parameter.dtype:
             in_place[name] = parameter.nbytes
         else:
@@ -215,6 +246,8 @@ def weights_size(run: Run, weights: Weights) -> Size:
     """Return the size of the parameters, whether mapped or not."""
     dtype = str(run.dtype).removeprefix("torch.")
     remark = f"{weights.parameters / 1e6:,.1f} M parameters in {dtype}"
+    if run.dequantized_from is not None:
+        remark += f", dequantized from {run.dequantized_from}"
     model = model_of_one_layer(run)
     quantize(run, model)
     methods = linear.quantization_methods(model)

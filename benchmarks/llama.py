@@ -95,7 +95,8 @@ def decoder_tensors(checkpoint: Path, config: Config) -> Iterator[tuple[str, np.
     """Yield the names and the float32 weights of the decoder; tied embeddings once."""
     import torch
 
-    from load_weights import open_shard, parameter_name, weight_files
+    from load_weights import parameter_name, weight_files
+    from stored_tensors import open_shard
 
     for file in weight_files(checkpoint):
         shard = open_shard(file)

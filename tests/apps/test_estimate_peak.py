@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from command_line import BUNDLED_CHECKPOINT
 from load_weights import empty_model, load_config
@@ -71,6 +71,46 @@ def checkpoint(tmp_path_factory):
         weights[name] = repeated.view(parameter.shape).clone()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def four_bits(weight):
+    """Return the tensors of a layer in the format of bitsandbytes, with values of no meaning."""
+    state = {"blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    return {
+        "weight": torch.randint(0, 256, (weight.numel() // 2, 1), dtype=torch.uint8),
+        "weight.absmax": torch.full((weight.numel() // 64,), 0.05),
+        "weight.quant_map": torch.linspace(-1, 1, 16),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+            list(json.dumps(state).encode())
+        ).byte(),
+    }
+
+
+def fp8(weight):
+    """Return the tensors of a layer in FP8, with a scale for each output."""
+    numbers = (weight.float() * 8).to(torch.float8_e4m3fn)
+    return {"weight": numbers, "weight_scale": torch.full((len(weight), 1), 1 / 8)}
+
+
+DEQUANTIZED = {
+    "bitsandbytes": (four_bits, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "FP8": (fp8, {"quant_method": "fp8", "weight_block_size": None}),
+}
+
+
+def quantize_decoder(source, target, pack, settings):
+    """Write a checkpoint with the layers of the decoder in the format of `pack`."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith("proj.weight") or not name.startswith("model.layers"):
+            tensors[name] = tensor
+            continue
+        for ending, part in pack(tensor).items():
+            tensors[name.removesuffix("weight") + ending] = part
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
 def run_program(*arguments):
@@ -137,6 +177,17 @@ def test_estimated_peak_is_near_the_measured_one(case, checkpoint):
     options = [*CASES[case], *OPTIONS, "--model", checkpoint]
     estimated = estimated_peak(*options)
     compare(case, estimated, measured_peak("generate", *options))
+
+
+@pytest.mark.parametrize("name", DEQUANTIZED)
+@pytest.mark.parametrize("quantize", [[], ["--quantize", "int8"]], ids=["plain", "int8"])
+def test_estimated_peak_of_dequantized_weights_is_near_the_measured_one(
+    name, quantize, checkpoint, tmp_path
+):
+    quantize_decoder(checkpoint, tmp_path / "model", *DEQUANTIZED[name])
+    options = [*SMALL_IMAGE, *OPTIONS, *quantize, "--model", tmp_path / "model"]
+    estimated = estimated_peak(*options)
+    compare(f"{name} {quantize}", estimated, measured_peak("generate", *options))
 
 
 def test_estimated_peak_of_a_batch_is_near_the_measured_one(checkpoint, tmp_path):

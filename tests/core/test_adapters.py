@@ -677,11 +677,11 @@ def test_load_model_refuses_a_quantized_base(files):
         ("", "base_model_name_or_path: expected a directory or a hub name, got ''"),
         ("/root/models/Qwen2-VL-7B", "base_model_name_or_path: no folder /root/models/Qwen2-VL-7B"),
         (
-            "unsloth/Qwen2-VL-2B-Instruct-bnb-4bit",
+            "unsloth/Qwen2-VL-2B-Instruct-bnb-8bit",
             "quantized, .* the base model could be unsloth/Qwen2-VL-2B-Instruct$",
         ),
         (
-            "unsloth/qwen2-vl-7b-instruct-unsloth-bnb-4bit",
+            "unsloth/qwen2-vl-7b-instruct-unsloth-bnb-8bit",
             "quantized, .* the base model could be unsloth/qwen2-vl-7b-instruct$",
         ),
         ("Qwen/Qwen2-VL-7B-Instruct-AWQ", "the base model could be Qwen/Qwen2-VL-7B-Instruct$"),

@@ -325,13 +325,15 @@ def test_find_checkpoint_expands_the_home_directory(published, write, monkeypatc
 
 QUANTIZED = [
     (
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
-        r"bitsandbytes \(4 bits\)",
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        r"bitsandbytes \(8 bits\)",
     ),
     ({"quantization_config": {"load_in_8bit": True}}, r"bitsandbytes \(8 bits\)"),
-    ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "FP8"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
-    ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    (
+        {"compression_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        "compressed-tensors pack-quantized",
+    ),
     ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "FBGEMM FP8"),
     ({"quantization_config": {"quant_method": "quanto", "weights": "int8"}}, "quanto"),
     ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
