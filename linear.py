@@ -27,6 +27,7 @@ from int4_layout import (
 from packed_weights import Grouping, Packing, Unpacked, copy_in_order, dequantize
 
 MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight takes
+FEW_ROWS = 8  # so many, where oneDNN has no kernel for the dtype
 # So many make up for dequantizing (measured in benchmarks/README.md): of 8 bits where bfloat16 has
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32
@@ -100,12 +101,27 @@ def cpu_matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return onednn_linear(x, weight, bias)
     if rows == 1:  # limited by reading the weights: see `prefer_pytorch_gemv`
         return F.linear(x, weight, bias)
-    if rows >= MANY_ROWS and not has_fast_half_matmul(x.dtype):
-        float_bias = None if bias is None else bias.float()
-        return onednn_linear(x.float(), weight.float(), float_bias).to(x.dtype)
+    enough = MANY_ROWS if has_onednn_kernel(x.dtype) else FEW_ROWS
+    if rows >= enough and not has_fast_half_matmul(x.dtype):
+        return upcast_linear(x, weight, bias)
     if not has_onednn_kernel(x.dtype):
         return F.linear(x, weight, bias)
     return onednn_linear(x, weight, bias)
+
+
+def upcast_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weightᵀ + bias by float32 matmuls.
+
+    Only some of the weights are upcast at a time, so that they stay in the cache.
+    """
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    x = x.float()
+    step = chunk_rows(weight.shape[1])
+    for start in range(0, len(weight), step):
+        outputs = slice(start, start + step)
+        part_bias = None if bias is None else bias[outputs].float()
+        y[..., outputs] = onednn_linear(x, weight[outputs].float(), part_bias)
+    return y
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -144,7 +160,7 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_rows(inputs: int) -> int:
-    """Return how many outputs of so many inputs are dequantized at once for a matmul."""
+    """Return how many outputs of so many inputs are converted at once for a matmul."""
     return max(256, 2**21 // inputs)
 
 

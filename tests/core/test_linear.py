@@ -17,7 +17,15 @@ from torch import nn
 import generate
 import linear
 from command_line import BUNDLED_CHECKPOINT
-from linear import MANY_INT4_ROWS, MANY_INT8_ROWS, MANY_ROWS, Int4Linear, Int8Linear, Linear
+from linear import (
+    FEW_ROWS,
+    MANY_INT4_ROWS,
+    MANY_INT8_ROWS,
+    MANY_ROWS,
+    Int4Linear,
+    Int8Linear,
+    Linear,
+)
 from load_weights import load_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
@@ -61,8 +69,10 @@ def test_cpu_matmul_equals_the_plain_matmul_for_every_dtype_and_number_of_rows(d
     assert relative_error(output, expected_output(plain, x)) < LIMITS[dtype]
 
 
+@pytest.mark.parametrize("has_kernel", [True, False])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_cpu_matmul_upcasts_many_rows_where_half_precision_is_slow(dtype, monkeypatch):
+def test_cpu_matmul_upcasts_rows_where_half_precision_is_slow(dtype, has_kernel, monkeypatch):
+    """Without a kernel of oneDNN fewer rows are worth it; each part of the weights is upcast."""
     upcast_rows = []
 
     def recorded(x, *weight_and_bias):
@@ -71,18 +81,23 @@ def test_cpu_matmul_upcasts_many_rows_where_half_precision_is_slow(dtype, monkey
         return F.linear(x, *weight_and_bias)
 
     monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: False)
+    monkeypatch.setattr(linear, "has_onednn_kernel", lambda dtype: has_kernel)
     monkeypatch.setattr(linear, "onednn_linear", recorded)
+    monkeypatch.setattr(linear, "chunk_rows", lambda inputs: 20)
     plain = make_linear(48, 37, dtype=dtype)
     with torch.no_grad():
-        for rows in (1, 2, MANY_ROWS - 1, MANY_ROWS, 100):
+        for rows in (1, 2, FEW_ROWS - 1, FEW_ROWS, MANY_ROWS - 1, MANY_ROWS, 100):
             x = torch.randn(rows, 48).to(dtype)
             output = linear.cpu_matmul(x, plain.weight, plain.bias)
             assert output.dtype == dtype
             assert relative_error(output, expected_output(plain, x)) < LIMITS[dtype]
-    assert upcast_rows == [MANY_ROWS, 100]
+    least = [MANY_ROWS, 100] if has_kernel else [FEW_ROWS, MANY_ROWS - 1, MANY_ROWS, 100]
+    expected = [rows for rows in least for _ in range(2)]  # 37 outputs are two parts
+    assert upcast_rows == expected
     monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: True)
+    monkeypatch.setattr(linear, "has_onednn_kernel", lambda dtype: False)
     linear.cpu_matmul(x, plain.weight, plain.bias)
-    assert upcast_rows == [MANY_ROWS, 100]
+    assert upcast_rows == expected
 
 
 @pytest.mark.parametrize("enabled", [True, False])
