@@ -9,8 +9,8 @@
     python -m tiny.ablations table             the table of the variants that have run
 
 Each variant starts from the bundled weights and trains on the same samples of the last stage of the
-curriculum for `--steps` steps, in one process, at a rate that falls to zero. Then it is scored,
-still without the part. What it answers at the end needs no such part.
+curriculum for `--steps` steps, in one process, at a rate that falls to zero. Then it is scored on
+images without frames, still without the part. What it answers at the end needs no such part.
 
 With `--from-scratch` each variant starts from random weights instead and trains on the first
 samples of the curriculum: small images of one size, with the kinds, colors and places of shapes.
@@ -44,8 +44,9 @@ from qwen2vl import (
 from tiny import train
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
 from tiny.folder import write_json
-from tiny.scenes import START, START_SIZE, QAPair, Sample, make_sample, to_conversation
+from tiny.scenes import QAPair, Sample, make_sample, to_conversation
 from tiny.score import CHECKPOINT, Exam, score
+from tiny.sizes import START, START_SIZE
 
 SIDE = 168  # pixels of the variant one-size: about the mean area of the training images
 
@@ -249,8 +250,10 @@ def from_checkpoint(folder: Path) -> Start:
         small_words_from=0,
         all_words_from=0,
         grow_every=1,
+        open_from=0,
     )
-    return Start(lambda model: model.load_state_dict(weights), curriculum, Exam(), "3e-4")
+    exam = Exam(make_sample=partial(make_sample, style="frameless"))
+    return Start(lambda model: model.load_state_dict(weights), curriculum, exam, "3e-4")
 
 
 def from_scratch(steps: int) -> Start:

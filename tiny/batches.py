@@ -13,7 +13,8 @@ from torch import Tensor
 
 from preprocess import Batch, Processor
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
-from tiny.scenes import TRAIN_SEEDS, QAPair, Sample, make_sample, sizes, to_conversation
+from tiny.scenes import TRAIN_SEEDS, QAPair, Sample, make_sample, to_conversation
+from tiny.sizes import sizes
 
 SEEDS_PER_PART = 64
 
@@ -49,7 +50,7 @@ class Batches:
         plan = self.curriculum.part(step, number)
         topic = TOPICS[plan.topic]
         rng = random.Random(TRAIN_SEEDS + number)
-        cells = rng.choice(sizes(topic.samples, plan.stage))
+        cells = rng.choice(sizes(topic.samples, plan.stage, plan.style))
         questions = rng.randint(1, topic.most_questions)
         work = topic.question_work * questions + topic.image_work * 4 * cells[0] * cells[1]
         count = max(1, min(SEEDS_PER_PART, round(self.work / work)))
@@ -60,7 +61,8 @@ class Batches:
         if plan.topic != "kinds":
             seeds = seeds[:count]
         samples = [
-            make_sample(topic.samples, seed, cells, plan.stage, plan.most_shapes) for seed in seeds
+            make_sample(topic.samples, seed, cells, plan.stage, plan.most_shapes, plan.style)
+            for seed in seeds
         ]
         if plan.topic == "kinds":
             samples.sort(key=asks_by_kind, reverse=True)

@@ -11,12 +11,18 @@ learned late but then fast, from many questions with short answers, once the mod
 where. In the same way "Which picture shows a red circle?" follows "What is in picture 2?", and both
 start with lone shapes, as boxes do. From step 20,000 on, a topic that lags behind gets most of the
 parts for a while; then all topics return.
+
+Up to step 88,500 all images are of the framed style of scenes.py. From there on they are of the
+open style, except those of topics that begin with "framed-", and a number behind a topic does not
+change their size. Places come first again, from lone shapes, because the model had found them by
+the frame. Of all parts, a third remain lone shapes and videos.
 """
 
 import math
 from dataclasses import dataclass
 
-from tiny.scenes import SKILLS, SMALL, START
+from tiny.scenes import SKILLS
+from tiny.sizes import SMALL, START, WHOLE
 
 TOPICS_FROM = {
     0: "lone lone words",
@@ -106,6 +112,28 @@ TOPICS_FROM = {
         "more shapes boxes kinds2 words counts boxes more words kinds album counts clip more "
         "kinds words more boxes chat counts pairs kinds2 shapes words inside events counts told"
     ),
+    88_500: "spots1",
+    89_000: (
+        "shapes2 spots1 words shapes3 names2 inside1 boxes1 clip1 shapes2 counts3 spots1 words "
+        "framed-shapes boxes1 clip"
+    ),
+    89_600: (
+        "shapes3 boxes1 words inside2 spots1 shapes boxes1 clip framed-words shapes words counts "
+        "which2 boxes2 framed-shapes spots1 more2 words clip words framed-album boxes1 boxes1 "
+        "framed-clip"
+    ),
+    90_400: (
+        "shapes spots1 words boxes1 clip inside framed-shapes counts spots1 which words boxes1 "
+        "shapes chat more framed-clip boxes1 words spots1 boxes events framed-album shapes "
+        "words spots1 clip more framed-words counts boxes1 album words chat events "
+        "framed-shapes shapes boxes clip framed-chat"
+    ),
+    90_500: (
+        "describe spots1 words boxes1 clip shapes describe counts framed-shapes boxes1 words "
+        "events describe3 spots1 more inside framed-clip shapes words boxes1 describe album "
+        "framed-words spots1 clip chat boxes words shapes framed-describe boxes1 describe "
+        "events framed-album spots1 more words counts shapes clip framed-shapes"
+    ),
 }
 
 
@@ -136,6 +164,8 @@ TOPICS = {
     "told": Topic("shapes", SKILLS["shapes"], 4, 30),  # the description precedes the questions
     "pairs": Topic("shapes", ("color", "relation"), 2, 25),
     "colors": Topic("shapes", ("color",), 1, 25),
+    "describe": Topic("shapes", ("describe",), 1, 60),
+    "spots": Topic("shapes", ("where", "ground", "what", "describe"), 4, 30),
     "boxes": Topic("shapes", ("ground",), 2, 40),
     "words": Topic("words", ("read",), 1, 45),
     "album": Topic("album", SKILLS["album"], 8, 25, 2.5),
@@ -154,6 +184,7 @@ class Part:
     topic: str
     stage: int
     most_shapes: int
+    style: str = "framed"
 
 
 @dataclass(frozen=True)
@@ -172,12 +203,17 @@ class Curriculum:
     small_words_from: int = 875
     all_words_from: int = 1875
     grow_every: int = 400
+    open_from: int = 88_500
 
     def part(self, step: int, number: int) -> Part:
         """Return what the part has that is the `number`-th of the whole training, in a step."""
         begin = max(begin for begin in self.topics_from if begin <= step)
         names = self.topics_from[begin].split()
         name = names[number % len(names)]
+        if begin >= self.open_from and not name.startswith("framed-"):
+            topic = name.rstrip("123456")
+            return Part(topic, WHOLE, int(name.removeprefix(topic) or 6), "open")
+        name = name.removeprefix("framed-")
         topic = name.rstrip("123")
         stage = self.stage(topic, step)
         if name == topic:
@@ -219,7 +255,9 @@ LEGS = {  # from the step
     78_000: Leg(0.25, 80_500),
     79_500: Leg(0.3, 83_000),
     83_000: Leg(0.2, 85_500),
-    85_500: Leg(0.2, math.inf),
+    85_500: Leg(0.2, 88_500),
+    88_500: Leg(0.7, 93_000),
+    93_000: Leg(0.3, math.inf),
 }
 
 

@@ -8,27 +8,35 @@ from collections import deque
 import torch
 from torch import Tensor
 
-from load_weights import save_model
+from load_weights import load_model, save_model
 from qwen2vl import Qwen2VL
 from tiny.curriculum import TOPICS
 from tiny.folder import write_json
+from tiny.score import score_checkpoint
 
 
 class Run:
-    """A training, resumed from args.run/state.pt where there is one."""
+    """A training, resumed from args.run/state.pt where there is one.
+
+    Without it, the training starts at args.first_step with the weights of args.weights, if given,
+    and with empty moments of the optimizer.
+    """
 
     def __init__(self, model: Qwen2VL, optimizer: torch.optim.Optimizer, args):
         self.model = model
         self.optimizer = optimizer
         self.args = args
         self.state_file = args.run / "state.pt"
-        names = ("steps", "parts", "work", "lr", "seed")
+        names = ("parts", "work", "lr", "seed")
         self.settings = {name: getattr(args, name) for name in names}
-        self.step = 0  # steps that are done
+        self.step = args.first_step  # steps that are done
         self.earlier_minutes = 0.0  # before the newest start
         self.history: dict[int, dict[str, float]] = {}  # step → mean loss of each topic
         if self.state_file.exists():
             self.load()
+        elif args.weights:
+            stored = load_model(args.weights, dtype=torch.float32).state_dict()
+            self.model.load_state_dict(stored)
         self.first_step = self.step
         self.start = time.time()
         self.recent: deque[Tensor] = deque(maxlen=100)  # [3, topics] of the newest steps
@@ -78,6 +86,14 @@ class Run:
         if step % self.args.save_every == 0 or step == self.args.steps:
             self.history[step] = self.mean_losses()
             self.save()
+            if self.args.validate:
+                self.validate()
+
+    def validate(self) -> None:
+        """Print the score on a few questions, always the same, of the world without frames."""
+        shares = score_checkpoint(self.args.folder, self.args.validate, style="frameless")
+        line = "  ".join(f"{skill} {100 * share:.0f}" for skill, share in shares.items())
+        print(f"\nstep {self.step}  {self.minutes():.0f} minutes  % right: {line}", file=sys.stderr)
 
     def mean_losses(self) -> dict[str, float]:
         """Return the mean loss of each topic that occurred in the recent steps."""

@@ -9,16 +9,22 @@ them. The same topic and seed give the same sample.
 
 There are four topics:
 
-    shapes   an image of one to six colored shapes at nine places, on a light background, framed
+    shapes   an image of one to six colored shapes at nine places
     words    an image of one or two printed lines: a word or a number of up to six characters each
     album    two or three small images of shapes
     clip     a video of four to eight frames: a ball moves, or shapes appear and disappear, and the
              background may flash
 
+And there are three styles of drawing:
+
+    framed     light flat canvases with a thin gray frame, pure colors, upright filled shapes
+    open       what people draw (looks.py), asked in more words (wording.py); one image in five is
+               framed
+    frameless  as open, but never framed
+
 Training and evaluation never share a seed: evaluation uses the seeds below TRAIN_SEEDS, training
-those from TRAIN_SEEDS upward. The checkpoint was trained on exactly what this file draws. A change
-in the order of the random draws, in a topic's name (it seeds the generator) or in a question's text
-would make another data set.
+those from TRAIN_SEEDS upward. A change in the order of the random draws, in a topic's name (it
+seeds the generator) or in a question's text would make another data set.
 
 `python -m tiny.scenes` writes the images and the video of `examples/`.
 """
@@ -34,6 +40,21 @@ from itertools import combinations
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from tiny import looks
+from tiny.looks import Box, Look, Paint
+from tiny.sizes import (
+    CELL,
+    SIZES,
+    START,
+    WHOLE,
+    is_official,
+    open_sides,
+    open_sizes,
+    random_side,
+    sizes,
+)
+from tiny.wording import reword
 
 TRAIN_SEEDS = 1_000_000  # seeds 0 to 999,999 are for evaluation, those from here on for training
 
@@ -70,11 +91,13 @@ SKILLS = {  # topic → what its questions ask for
     "album": ("compare", "shows", "inside"),
     "clip": ("video", "frame"),
 }
-# Every image has a thin frame. The vision encoder knows only relative positions, so on an even
-# background nothing would tell it how far a lone shape is from the edges.
+# Style → the probability of a frame. The vision encoder knows only relative positions. A frame
+# tells it how far a lone shape on an even canvas is from the edges; without one it has to count.
+STYLES = {"framed": 1.0, "open": 0.2, "frameless": 0.0}
 FRAME = 2  # pixels
 FRAME_COLOR = (110, 110, 110)
 SMALLEST = 20  # pixels, the side of the smallest shape
+CLEAR = 26  # pixels, the same in the open style after resizing, where there is room
 MANY = 84  # pixels: an image with a shorter side has at most two shapes, or one line
 # Font sizes, small to large. Positive: of the scalable font. Negative: the enlargement of the
 # bitmap font.
@@ -119,7 +142,6 @@ DIRECTIONS = {  # answer → (axis, whether the coordinate grows)
     "Down.": (1, True),
 }
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom exclusive
 Turn = tuple[str, str]  # a question and its answer
 
 
@@ -129,6 +151,7 @@ class Shape:
     color: str
     place: str
     box: Box
+    paint: Paint | None = None  # of the open style
 
     @property
     def name(self) -> str:
@@ -140,7 +163,7 @@ class Line:
     """A printed line of text.
 
     size: an entry of FONT_SIZES. pitch: pixels from letter to letter in a letter-spaced line; 0:
-    normal spacing.
+    normal spacing. shade: of the color, in the open style.
     """
 
     text: str
@@ -149,6 +172,7 @@ class Line:
     left: int
     top: int
     pitch: int = 0
+    shade: looks.Color | None = None
 
 
 @dataclass(frozen=True)
@@ -160,6 +184,8 @@ class Scene:
     background: tuple[int, int, int]
     shapes: tuple[Shape, ...] = ()  # in reading order
     lines: tuple[Line, ...] = ()
+    look: Look | None = None  # of the open style
+    reduction: float = 1.0  # by which the processor multiplies the sides, at most 1
 
 
 @dataclass(frozen=True)
@@ -175,65 +201,22 @@ class Sample:
     topic: str
     scenes: tuple[Scene, ...]  # one image, two or three images, or the frames of a video
     qa_pairs: tuple[QAPair, ...]
+    enlarged: bool = False  # whether a video's frames are resized by the official rule
 
 
-# -------------------------------------------------------------------------------------- image sizes
-
-
-@dataclass(frozen=True)
-class SizeRange:
-    """The image sizes of a topic, in cells of 28×28 pixels.
-
-    The processor rounds sides to whole cells. A side may differ from its cells by at most `jitter`
-    pixels: 13 pixels of 56 are a visible distortion, which shapes tolerate and letters do not.
-    """
-
-    rows: range
-    columns: range
-    largest_area: int
-    tallest: int  # height / width at most
-    widest: int  # width / height at most
-    jitter: int
-
-
-SIZES = {
-    "shapes": SizeRange(range(2, 13), range(2, 13), 96, 2, 2, 13),
-    "words": SizeRange(range(2, 5), range(2, 9), 24, 1, 4, 4),
-    "album": SizeRange(range(3, 5), range(3, 5), 16, 2, 2, 13),
-    "clip": SizeRange(range(3, 5), range(3, 5), 16, 2, 2, 13),
-}
-# The stages of training. It starts with images of one size, where a place or a letter is exactly
-# one token, continues with small images and then uses all sizes.
-START = 0
-SMALL = 1
-WHOLE = 2
-START_SIZE = {"shapes": (3, 3), "words": (2, 6)}
-SMALL_AREA = 16  # cells
-
-
-def sizes(topic: str, stage: int = WHOLE) -> list[tuple[int, int]]:
-    """Return the image sizes of a topic as (rows, columns) of cells; small sizes are repeated, as
-    weights.
-    """
-    if stage == START:
-        return [START_SIZE[topic]]
-    allowed = SIZES[topic]
-    largest_area = allowed.largest_area if stage == WHOLE else SMALL_AREA
-    result = []
-    for rows in allowed.rows:
-        for columns in allowed.columns:
-            if rows * columns > largest_area:
-                continue
-            if rows > allowed.tallest * columns or columns > allowed.widest * rows:
-                continue
-            result += [(rows, columns)] * round(96 / (8 + rows * columns))
-    return result
+# ------------------------------------------------------------------------------------ empty images
 
 
 def canvas(
-    rng: random.Random, topic: str, cells: tuple[int, int] | None = None, stage: int = WHOLE
+    rng: random.Random,
+    topic: str,
+    cells: tuple[int, int] | None = None,
+    stage: int = WHOLE,
+    style: str = "framed",
 ) -> Scene:
     """Return an empty scene that the processor resizes to exactly `cells`."""
+    if style != "framed":
+        return open_canvas(rng, topic, cells, style)
     jitter = 0 if stage == START else SIZES[topic].jitter
     rows, columns = cells or rng.choice(sizes(topic))
     height = random_side(rng, rows, jitter)
@@ -242,9 +225,13 @@ def canvas(
     return Scene(width, height, background)
 
 
-def random_side(rng: random.Random, cells: int, jitter: int) -> int:
-    """Return a side in pixels that is at most `jitter` away from its cells."""
-    return rng.randint(max(56, 28 * cells - jitter), min(336, 28 * cells + jitter))
+def open_canvas(rng: random.Random, topic: str, cells: tuple[int, int] | None, style: str) -> Scene:
+    """Return an empty scene of the open style; see `canvas`."""
+    cells = cells or rng.choice(open_sizes(topic))
+    height, width = open_sides(rng, topic, cells)
+    look = looks.random_look(rng, STYLES[style])
+    reduction = min(1.0, math.sqrt(cells[0] * cells[1] * CELL**2 / (height * width)))
+    return Scene(width, height, look.background, look=look, reduction=reduction)
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -257,6 +244,8 @@ def with_shapes(rng: random.Random, empty: Scene, most: int = 6, few_larger: boo
     """
     if min(empty.width, empty.height) < MANY:
         most = min(most, 2)
+    if empty.look:
+        return with_open_shapes(rng, empty, empty.look, most)
     # With kinds and colors drawn from all, three of a kind would be rare. Drawn from a few, all
     # numbers occur.
     kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
@@ -272,6 +261,64 @@ def with_shapes(rng: random.Random, empty: Scene, most: int = 6, few_larger: boo
             shapes.append(Shape(kind_of[color], color, PLACES[place], box))
         if not any(near(a.box, b.box) for a, b in combinations(shapes, 2)):
             return replace(empty, shapes=tuple(shapes))
+
+
+def with_open_shapes(rng: random.Random, empty: Scene, look: Look, most: int) -> Scene:
+    """Return the scene with 1 to `most` shapes of the open style, as `with_shapes` does.
+
+    Half of the images have one kind to a color; in the others a color may belong to several kinds.
+    """
+    shades = {color: looks.visible_shades(look, color) for color in COLORS}
+    visible = [color for color in COLORS if shades[color]]
+    kinds = rng.sample(KINDS, rng.randint(1, len(KINDS)))
+    colors = rng.sample(visible, rng.randint(1, len(visible)))
+    kind_of = None
+    if rng.random() < 0.5:
+        kind_of = {color: rng.choice(kinds) for color in colors}
+    count = rng.randint(1, min(most, 6))
+    while True:
+        shapes = []
+        for place in sorted(rng.sample(range(len(PLACES)), count)):
+            color = rng.choice(colors)
+            kind = kind_of[color] if kind_of else rng.choice(kinds)
+            shapes.append(open_shape(rng, empty, look, kind, color, place, count, shades[color]))
+        if not any(near(a.box, b.box) for a, b in combinations(shapes, 2)):
+            return replace(empty, shapes=tuple(shapes))
+
+
+def open_shape(
+    rng: random.Random,
+    scene: Scene,
+    look: Look,
+    kind: str,
+    color: str,
+    place: int,
+    count: int,
+    shades: list[looks.Color],
+) -> Shape:
+    """Return one of `count` shapes of the open style, at a place."""
+    row, column = divmod(place, 3)
+    cell_width = scene.width / 3
+    cell_height = scene.height / 3
+    largest = 1.5 if count < 3 else 0.95
+    if count == 1 and PLACES[place] == "center":
+        largest = 2.4
+    side = rng.uniform(0.45, largest) * min(cell_width, cell_height)
+    smallest = min(CLEAR, 0.85 * min(cell_width, cell_height) * scene.reduction)
+    side = max(max(SMALLEST, smallest) / scene.reduction, side)
+    thinnest = 3 / (side * scene.reduction)
+    paint = looks.random_paint(rng, look, kind, rng.choice(shades), thinnest)
+    shade = looks.shifted(rng, paint.color, 6)
+    if looks.is_visible(look, shade):
+        paint = replace(paint, color=shade)
+    shares = looks.proportions(kind, paint)
+    width = round(side * shares[0])
+    height = round(side * shares[1])
+    x = (column + 0.5 + rng.uniform(-0.25, 0.25)) * cell_width
+    y = (row + 0.5 + rng.uniform(-0.25, 0.25)) * cell_height
+    left = int(min(max(x - width / 2, 1), scene.width - 1 - width))
+    top = int(min(max(y - height / 2, 1), scene.height - 1 - height))
+    return Shape(kind, color, PLACES[place], (left, top, left + width, top + height), paint)
 
 
 def random_box(rng: random.Random, scene: Scene, place: int, largest: float) -> Box:
@@ -341,6 +388,17 @@ def ink_color(rng: random.Random) -> str:
     return rng.choice([color for color in COLORS if color != "yellow"])
 
 
+def visible_ink(rng: random.Random, look: Look) -> tuple[str, looks.Color | None]:
+    """Return a random color and a shade of it that is readable on the canvas."""
+    shades = {}
+    for color in COLORS:
+        for shade in looks.visible_shades(look, color):
+            if min(looks.color_distance(shade, part) for part in looks.canvas_colors(look)) >= 250:
+                shades.setdefault(color, []).append(shade)
+    color = rng.choice(list(shades))
+    return color, rng.choice(shades[color])
+
+
 def with_lines(rng: random.Random, empty: Scene, spaced: float = 0.25) -> Scene:
     """Return the scene with one line of text, or two where the image is high enough, each at a
     random position.
@@ -349,13 +407,15 @@ def with_lines(rng: random.Random, empty: Scene, spaced: float = 0.25) -> Scene:
     """
     count = 1 if empty.height < MANY - 4 else rng.randint(1, 2)
     height = (empty.height - 2 * FRAME) // count  # of the part of the image that a line has
-    color = ink_color(rng)
+    color, shade = ink_color(rng), None
+    if empty.look:
+        color, shade = visible_ink(rng, empty.look)
     lines = []
     for row in range(count):
         line, free_width, free_height = fitting_line(rng, empty.width, height, color, spaced)
         left = FRAME + 2 + rng.randint(0, free_width)
         top = FRAME + 2 + row * height + rng.randint(0, free_height)
-        lines.append(replace(line, left=left, top=top))
+        lines.append(replace(line, left=left, top=top, shade=shade))
     return replace(empty, lines=tuple(lines))
 
 
@@ -392,8 +452,10 @@ def with_first_letters(rng: random.Random, empty: Scene) -> Scene:
 
 def draw(scene: Scene, scale: int = 3) -> Image.Image:
     """Return the image of a scene, drawn at `scale` times its size and averaged down, for smooth
-    edges.
+    edges; one of the open style as its look says.
     """
+    if scene.look:
+        return draw_open(scene, scene.look)
     image = Image.new("RGB", (scene.width * scale, scene.height * scale), scene.background)
     pen = ImageDraw.Draw(image)
     edges = (0, 0, image.width - 1, image.height - 1)
@@ -404,6 +466,15 @@ def draw(scene: Scene, scale: int = 3) -> Image.Image:
     for line in scene.lines:
         image.paste(COLORS[line.color], (line.left, line.top), printed(line))
     return image
+
+
+def draw_open(scene: Scene, look: Look) -> Image.Image:
+    image = looks.canvas_image(scene.width, scene.height, look)
+    for shape in scene.shapes:
+        looks.paint_shape(image, shape.kind, shape.box, shape.paint, look.smooth)
+    for line in scene.lines:
+        image.paste(line.shade, (line.left, line.top), printed(line))
+    return looks.compress(image, look.jpeg)
 
 
 def draw_shape(pen: ImageDraw.ImageDraw, shape: Shape, scale: int) -> None:
@@ -676,19 +747,47 @@ def make_video(
     most: with 1, only one shape comes or goes.
     """
     length = rng.randint(4, 8)
-    gray = rng.randint(140, 170)
-    empty = replace(empty, background=(gray, gray, gray))
+    if not empty.look:
+        gray = rng.randint(140, 170)
+        empty = replace(empty, background=(gray, gray, gray))
     if rng.random() < 0.5:
         frames, pairs = moving(rng, empty, length)
     else:
         frames, pairs = coming_and_going(rng, empty, length, most)
     flash_count = rng.randint(0, length // 2)
+    if empty.look and not flash_of(frames, empty.look):
+        flash_count = 0
     starts = sorted(rng.sample(range(length - flash_count + 1), flash_count))
     for i, start in enumerate(starts):
         flash = start + i  # so that no two flashes are adjacent
-        frames[flash] = replace(frames[flash], background=(255, 255, 255))
+        frames[flash] = flashed(frames[flash], flash_of(frames, empty.look))
     pairs.append(QAPair("video", ((rng.choice(FLASHES), NUMBERS[flash_count] + "."),)))
     return tuple(frames), pairs
+
+
+def flash_of(frames: list[Scene], look: Look | None) -> looks.Color | None:
+    """Return white, or in the open style black or white: on which all shapes are visible and from
+    which the canvas differs clearly; None if neither does.
+    """
+    if look is None:
+        return 255, 255, 255
+    for flash in ((255, 255, 255), (0, 0, 0)):
+        lit = replace(look, background=flash, second=flash)
+        colors = {shape.paint.color for frame in frames for shape in frame.shapes if shape.paint}
+        differs = all(looks.color_distance(flash, c) >= 200 for c in looks.canvas_colors(look))
+        if differs and all(looks.is_visible(lit, color) for color in colors):
+            return flash
+    return None
+
+
+def flashed(frame: Scene, flash: looks.Color | None) -> Scene:
+    """Return the frame with another background."""
+    assert flash is not None
+    if frame.look is None:
+        return replace(frame, background=flash)
+    return replace(
+        frame, background=flash, look=replace(frame.look, background=flash, second=flash)
+    )
 
 
 def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], list[QAPair]]:
@@ -699,6 +798,9 @@ def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], 
     end = list(start)
     direction = rng.choice(list(DIRECTIONS))
     color = rng.choice(list(COLORS))
+    paint = None
+    if empty.look:
+        color, paint = ball_paint(rng, empty.look)
     axis, grows = DIRECTIONS[direction]
     low = rng.uniform(0, 0.35)
     high = rng.uniform(0.65, 1)
@@ -709,10 +811,17 @@ def moving(rng: random.Random, empty: Scene, length: int) -> tuple[list[Scene], 
         x, y = (a + (b - a) * i / (length - 1) for a, b in zip(start, end, strict=True))
         left = FRAME + 1 + round(x * free[0])
         top = FRAME + 1 + round(y * free[1])
-        ball = Shape("circle", color, "", (left, top, left + side, top + side))
+        ball = Shape("circle", color, "", (left, top, left + side, top + side), paint)
         frames.append(replace(empty, shapes=(ball,)))
     move = QAPair("video", ((rng.choice(MOVES), direction),))
     return frames, [move, QAPair("frame", ((BALL_COLOR, sentence(color)),))]
+
+
+def ball_paint(rng: random.Random, look: Look) -> tuple[str, Paint]:
+    """Return a color and a paint of it that is visible on the canvas."""
+    shades = {color: looks.visible_shades(look, color) for color in COLORS}
+    color = rng.choice([color for color in COLORS if shades[color]])
+    return color, looks.random_paint(rng, look, "circle", rng.choice(shades[color]), 0.15)
 
 
 def coming_and_going(
@@ -763,40 +872,69 @@ def two_distant_frames(rng: random.Random, length: int) -> list[int]:
 
 
 def make_sample(
-    topic: str, seed: int, cells: tuple[int, int] | None = None, stage: int = WHOLE, most: int = 6
+    topic: str,
+    seed: int,
+    cells: tuple[int, int] | None = None,
+    stage: int = WHOLE,
+    most: int = 6,
+    style: str = "framed",
 ) -> Sample:
     """Return the sample of a topic and a seed; its question-answer pairs are in random order.
 
-    Only training sets the others. cells: (rows, columns) of the images after resizing, so that all
-    images of a batch have one size. stage: START, SMALL or WHOLE. most: the largest number of
-    shapes in an image.
+    Only training sets cells, stage and most. cells: (rows, columns) of the images after resizing,
+    so that all images of a batch have one size. stage: START, SMALL or WHOLE, of the framed style.
+    most: the largest number of shapes in an image. style: one of STYLES.
     """
-    rng = random.Random(f"{topic} {seed}")
+    name = topic if style == "framed" else f"{style} {topic}"
+    rng = random.Random(f"{name} {seed}")
+    if topic == "clip" and style != "framed":
+        cells = cells or rng.choice(open_sizes(topic))
+    scenes, pairs = make_scenes(rng, topic, cells, stage, most, style)
+    rng.shuffle(pairs)
+    if style == "framed":
+        return Sample(topic, scenes, tuple(pairs))
+    pairs = [reworded(rng, pair) for pair in pairs]
+    return Sample(topic, scenes, tuple(pairs), topic == "clip" and is_official(cells))
+
+
+def reworded(rng: random.Random, pair: QAPair) -> QAPair:
+    turns = tuple((reword(rng, question), answer) for question, answer in pair.turns)
+    return QAPair(pair.skill, turns)
+
+
+def make_scenes(
+    rng: random.Random,
+    topic: str,
+    cells: tuple[int, int] | None,
+    stage: int,
+    most: int,
+    style: str,
+) -> tuple[tuple[Scene, ...], list[QAPair]]:
+    """Return the scenes of a sample and its question-answer pairs."""
     if topic == "clip":
-        scenes, pairs = make_video(rng, canvas(rng, topic, cells, stage), most)
-    elif topic == "album":
+        return make_video(rng, canvas(rng, topic, cells, stage, style), most)
+    if topic == "album":
         count = rng.randint(2, 3)
         scenes = tuple(
-            with_shapes(rng, canvas(rng, topic, cells, stage), most) for _ in range(count)
+            with_shapes(rng, canvas(rng, topic, cells, stage, style), most) for _ in range(count)
         )
-        pairs = album_questions(rng, scenes)
-    elif topic == "words":
-        scenes = (printed_scene(rng, cells, stage),)
+        return scenes, album_questions(rng, scenes)
+    if topic == "words":
+        scene = printed_scene(rng, cells, stage, style)
         # At the start there is one question, so that each letter is at the same distance from its
         # token.
         question = READ[0] if stage == START else rng.choice(READ)
-        text = " ".join(line.text for line in scenes[0].lines)
-        pairs = [QAPair("read", ((question, text),))]
-    else:
-        empty = canvas(rng, topic, cells, stage)
-        scenes = (with_shapes(rng, empty, most, few_larger=stage != START),)
-        pairs = shapes_questions(rng, scenes[0], plain=stage == START)
-    rng.shuffle(pairs)
-    return Sample(topic, scenes, tuple(pairs))
+        text = " ".join(line.text for line in scene.lines)
+        return (scene,), [QAPair("read", ((question, text),))]
+    empty = canvas(rng, topic, cells, stage, style)
+    scene = with_shapes(rng, empty, most, few_larger=stage != START)
+    return (scene,), shapes_questions(rng, scene, plain=stage == START)
 
 
-def printed_scene(rng: random.Random, cells: tuple[int, int] | None, stage: int) -> Scene:
-    empty = canvas(rng, "words", cells, stage)
+def printed_scene(
+    rng: random.Random, cells: tuple[int, int] | None, stage: int, style: str
+) -> Scene:
+    empty = canvas(rng, "words", cells, stage, style)
     if stage == START:
         return with_first_letters(rng, empty)
     return with_lines(rng, empty, spaced=0.25 if stage == WHOLE else 0.5)
@@ -811,7 +949,9 @@ def to_conversation(sample: Sample, qa_pairs: list[QAPair]) -> list[dict]:
     """Return the messages of a conversation; the images or the video precede the first question."""
     images = [draw(scene) for scene in sample.scenes]
     if sample.topic == "clip":
-        video = {"type": "video", "video": images, "min_pixels": 56**2, "max_pixels": 336 * 224}
+        video = {"type": "video", "video": images}
+        if not sample.enlarged:
+            video |= {"min_pixels": 56**2, "max_pixels": 336 * 224}
         media = [video]
     else:
         media = [{"type": "image", "image": image} for image in images]

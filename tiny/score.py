@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from apps.grounding import find_boxes
@@ -18,7 +19,7 @@ from generate import generate
 from load_weights import load_model
 from preprocess import Processor
 from qwen2vl import Qwen2VL
-from tiny.scenes import SKILLS, QAPair, Sample, make_sample, to_conversation
+from tiny.scenes import SKILLS, STYLES, QAPair, Sample, make_sample, to_conversation
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
@@ -113,12 +114,21 @@ def score(
     return results
 
 
-def table(folder: Path, count: int, quantize: str | None = None, **options: int) -> str:
-    """Return the score of a checkpoint, with the options of `score`, as a Markdown table."""
+def score_checkpoint(
+    folder: Path, count: int, style: str = "framed", quantize: str | None = None, **options: int
+) -> dict[str, float]:
+    """Return the score of a checkpoint on images of a style, with the options of `score`."""
     model = load_model(folder, quantize=quantize)
-    shares = score(model, Processor.from_pretrained(folder), count, **options)
+    exam = Exam(make_sample=partial(make_sample, style=style))
+    return score(model, Processor.from_pretrained(folder), count, exam=exam, **options)
+
+
+def table(folder: Path, count: int, **options) -> str:
+    """Return the score of a checkpoint, with the options of `score_checkpoint`, as a Markdown
+    table.
+    """
     lines = [f"| skill | of {count} |", "|---|---|"]
-    for skill, share in shares.items():
+    for skill, share in score_checkpoint(folder, count, **options).items():
         lines.append(f"| {skill} | {100 * share:.1f} % |")
     return "\n".join(lines)
 
@@ -129,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     add("folder", type=Path, nargs="?", default=CHECKPOINT)
     add("--items", type=int, default=1000, help="questions of each skill")
     add("--skip", type=int, default=0, metavar="N", help="take other questions: not the first N")
+    add("--style", choices=STYLES, default="framed", help="how the images are drawn")
     add(
         "--show-wrong",
         type=int,
@@ -142,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         table(
             args.folder,
             args.items,
+            style=args.style,
             quantize=args.quantize,
             skip=args.skip,
             show_wrong=args.show_wrong,

@@ -161,7 +161,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--folder", type=Path, default=CHECKPOINT, help="the directory of the checkpoint")
     add("--run", type=Path, default=Path("runs/tiny"), help="the directory of the resumable state")
-    add("--steps", type=int, default=88_500)
+    add("--steps", type=int, default=88_500, help="the last step; more may be added later")
+    add("--weights", type=Path, help="start with the weights of this checkpoint directory")
+    add("--first-step", type=int, default=0, help="the step of the curriculum to start with")
     add("--parts", type=int, default=6, help="parts of a step, each of one topic")
     add("--work", type=int, default=800, help="size of a part, in patches")
     add("--lr", type=float, default=7e-4)
@@ -172,6 +174,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default=device)
     add("--bf16", action="store_true", help="matmuls in bfloat16: fast where the hardware has them")
     add("--save-every", type=int, default=500)
+    add("--validate", type=int, default=0, help="questions of each skill to ask at each save")
     add("--items", type=int, default=1000, help="questions of each skill for the score")
     return parser.parse_args(argv)
 
