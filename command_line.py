@@ -63,7 +63,8 @@ def build_parser(
     program: how it is called, where that is not the name of its file.
     has_question: whether options give the question; else the program reads questions from a file.
     """
-    parser = argparse.ArgumentParser(program, description=description)
+    # Abbreviated, `--prompt` would mean `--prompt-lookup` in a program without the former.
+    parser = argparse.ArgumentParser(program, description=description, allow_abbrev=False)
     if has_question:
         add_question_options(parser)
     add_media_options(parser)
