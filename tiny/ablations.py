@@ -8,9 +8,10 @@
     python -m tiny.ablations no-time           one temporal position for all frames of a video
     python -m tiny.ablations table             the table of the variants that have run
 
-Each variant starts from the bundled weights and trains on the same samples of the last stage of the
-curriculum for `--steps` steps, in one process, at a rate that falls to zero. Then it is scored on
-images without frames, still without the part. What it answers at the end needs no such part.
+Each variant starts from the weights in `tiny/open` and trains on the same samples of the last stage
+of the curriculum for `--steps` steps, in one process, at a rate that falls to zero. Then it is
+scored on images without frames, still without the part. What it answers at the end needs no such
+part.
 
 With `--from-scratch` each variant starts from random weights instead and trains on the first
 samples of the curriculum: small images of one size, with the kinds, colors and places of shapes.
@@ -45,7 +46,7 @@ from tiny import train
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum
 from tiny.folder import write_json
 from tiny.scenes import QAPair, Sample, make_sample, to_conversation
-from tiny.score import CHECKPOINT, Exam, score
+from tiny.score import OPEN_CHECKPOINT, Exam, score
 from tiny.sizes import START, START_SIZE
 
 SIDE = 168  # pixels of the variant one-size: about the mean area of the training images
@@ -319,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("variant", choices=[*VARIANTS, "table"])
-    add("--checkpoint", type=Path, default=CHECKPOINT, help="the weights to start from")
+    add("--checkpoint", type=Path, default=OPEN_CHECKPOINT, help="the weights to start from")
     add(
         "--from-scratch",
         action="store_true",

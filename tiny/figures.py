@@ -9,7 +9,6 @@ import json
 import math
 import textwrap
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +21,7 @@ from PIL import Image, ImageDraw
 from apps.grounding import find_boxes
 from load_weights import load_model
 from preprocess import Processor
-from tiny.scenes import QAPair, Sample, draw, make_sample
+from tiny.scenes import QAPair, Sample, draw
 from tiny.score import CHECKPOINT, Exam
 
 FOLDER = Path(__file__).parent
@@ -71,12 +70,10 @@ class Answered:
 
 
 def answer_samples(folder: Path) -> list[Answered]:
-    """Ask the first evaluation question of the first skill, the second of the second, and so on, of
-    the open style.
-    """
+    """Ask the first evaluation question of the first skill, the second of the second, and so on."""
     model = load_model(folder)
     processor = Processor.from_pretrained(folder)
-    exam = Exam(make_sample=partial(make_sample, style="open"))
+    exam = Exam()
     answered = []
     for number, skill in enumerate(exam.skills):
         questions = exam.questions(skill, 2 if skill in SHOWN_TWICE else 1, skip=number)

@@ -22,6 +22,7 @@ from qwen2vl import Qwen2VL
 from tiny.scenes import SKILLS, STYLES, QAPair, Sample, make_sample, to_conversation
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
+OPEN_CHECKPOINT = CHECKPOINT.with_name("open")  # trained further on open drawings
 
 Question = tuple[Sample, QAPair]
 

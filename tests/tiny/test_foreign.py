@@ -33,10 +33,9 @@ from tests.tiny.foreign_scenes import (
     make_scene,
     to_lab,
 )
-from tiny.score import CHECKPOINT
+from tiny.score import OPEN_CHECKPOINT
 
 SEEDS = range(IMAGES)
-OPEN_CHECKPOINT = CHECKPOINT.with_name("open")
 
 # The least share of all questions that the weights trained on open drawings answer correctly. The
 # aim is 0.95; this is just below what they reach (python -m tests.tiny.foreign_drawings tiny/open).
