@@ -842,7 +842,7 @@ def test_curriculum_starts_videos_with_one_shape(name, most, folder):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
-    steps = 95_000
+    steps = 100_000
     for begin, leg in LEGS.items():
         assert learning_rate(begin + 200, steps, 1.0) == pytest.approx(leg.share, rel=0.02)
         assert learning_rate(begin, steps, 1.0) < 0.01 * leg.share
