@@ -119,10 +119,7 @@ def _bounded_join(pieces: Iterable[str]) -> str:
 
 def _bounded_concat(*values: Any) -> str:
     """Return the texts of all values joined, as the operator `~` does, within the same bound."""
-    text = ""
-    for value in values:
-        text = _bounded_sum(text, str(value))
-    return text
+    return _bounded_join(str(value) for value in values)
 
 
 def _bounded_tree(template: Any) -> Any:

@@ -304,11 +304,18 @@ def check_not_quantized(folder: Path, names: list[str]) -> None:
     """
     if any(".lora_A." in name or ".lora_B." in name for name in names):
         raise ValueError(adapter_refusal(folder))
-    endings = QUANTIZED_ENDINGS
+    method = method_of_names(names)
+    if method is not None:
+        reason = "which its config.json does not describe"
+        raw_config = read_json(folder, "config.json")
+        raise ValueError(quantized_refusal(folder, method, raw_config, reason))
+
+
+def method_of_names(names: list[str]) -> str | None:
+    """Return the method of quantization that tensors of these names belong to, None for plain."""
     if any(".quant_state." in name for name in names):
-        endings = {"": "bitsandbytes"}
-    for ending, method in endings.items():
+        return "bitsandbytes"
+    for ending, method in QUANTIZED_ENDINGS.items():
         if any(name.endswith(ending) for name in names):
-            reason = "which its config.json does not describe"
-            raw_config = read_json(folder, "config.json")
-            raise ValueError(quantized_refusal(folder, method, raw_config, reason))
+            return method
+    return None

@@ -60,10 +60,14 @@ def open_run(source: Path, bits: int) -> memory.Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come when the model is loaded
         config = load_config(source)
-    run = memory.Run(config, torch.device("cpu"), checkpoint_dtype(source), quantize=f"int{bits}")
-    run.quantize_head = False
-    run.stored_dtypes = memory.read_stored_dtypes(source, config)
-    return run
+    return memory.Run(
+        config,
+        torch.device("cpu"),
+        checkpoint_dtype(source),
+        quantize=f"int{bits}",
+        quantize_head=False,
+        stored_dtypes=memory.read_stored_dtypes(source, config),
+    )
 
 
 def quantize(arguments: argparse.Namespace) -> None:

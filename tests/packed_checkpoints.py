@@ -187,10 +187,14 @@ def write_checkpoint(folder, config, weights):
 
 def write_packed(folder, variant, dtype="float32"):
     """Write a packed checkpoint and one that means the same; return both directories."""
+    return write_pair(folder, *pack_bundled(variant), variant.config(), dtype)
+
+
+def write_pair(folder, packed, meant, quantization_config, dtype):
+    """Write quantized tensors and plain ones as two checkpoints; return both directories."""
     config, _ = bundled()
     config["torch_dtype"] = dtype
-    packed, meant = pack_bundled(variant)
-    packed_config = config | {"quantization_config": variant.config()}
+    packed_config = config | {"quantization_config": quantization_config}
     return (
         write_checkpoint(folder / "packed", packed_config, packed),
         write_checkpoint(folder / "meant", config, meant),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_batch, random_sequence
-from packed_checkpoints import bundled, write_checkpoint
+from packed_checkpoints import bundled, write_checkpoint, write_pair
 from safetensors.torch import load_file, save_file
 
 import generate
@@ -216,14 +216,7 @@ def pack_bundled(variant):
 
 def write_packed(folder, variant, dtype="float32"):
     """Write a quantized checkpoint and one that means the same; return both directories."""
-    config, _ = bundled()
-    config["torch_dtype"] = dtype
-    packed, meant = pack_bundled(variant)
-    packed_config = config | {"quantization_config": variant.config()}
-    return (
-        write_checkpoint(folder / "packed", packed_config, packed),
-        write_checkpoint(folder / "meant", config, meant),
-    )
+    return write_pair(folder, *pack_bundled(variant), variant.config(), dtype)
 
 
 def logits(model):
