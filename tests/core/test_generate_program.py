@@ -19,7 +19,7 @@ from preprocess import Processor
 
 ROOT = Path(__file__).parents[2]
 
-IMAGE = next(iter(sorted((ROOT / "examples").glob("*.png"))), None)
+IMAGE = ROOT / "examples" / "shapes.png"
 VIDEO = ROOT / "examples" / "crossing.mp4"  # 24 frames, 6 per second
 
 
