@@ -842,6 +842,7 @@ def run_program(
     """
     try:
         startup.handle_signals()
+        startup.end_imports()
         warnings.formatwarning = lambda message, *_: f"{program}: {message}\n"  # without the code
         if decodes:
             linear.prefer_pytorch_gemv()

@@ -114,11 +114,15 @@ def cold(job: dict) -> None:
 
 
 def cold_ours(job: dict, question: str) -> tuple[float, float]:
-    """Generate one token; return the times at which the imports and the loading were done."""
+    """Generate one token, as a program; return when the imports and the loading were done."""
+    import startup
+
+    startup.begin()
     from generate import GenerationConfig, stream
     from load_weights import load_model
     from preprocess import Processor
 
+    startup.end_imports()
     imported = time.monotonic()
     processor = Processor.from_pretrained(job["checkpoint"])
     batch = processor([{"role": "user", "content": question}])

@@ -134,6 +134,12 @@ TOPICS_FROM = {
         "framed-words spots1 clip chat boxes words shapes framed-describe boxes1 describe "
         "events framed-album spots1 more words counts shapes clip framed-shapes"
     ),
+    93_000: (
+        "describe boxes shapes words counts boxes1 clip describe inside shapes spots1 words events "
+        "boxes2 describe counts more framed-shapes shapes album boxes words clip describe inside2 "
+        "framed-words which shapes boxes spots1 counts chat events describe framed-album words "
+        "shapes framed-boxes framed-clip inside boxes counts words"
+    ),
 }
 
 
@@ -257,7 +263,7 @@ LEGS = {  # from the step
     83_000: Leg(0.2, 85_500),
     85_500: Leg(0.2, 88_500),
     88_500: Leg(0.7, 93_000),
-    93_000: Leg(0.3, math.inf),
+    93_000: Leg(0.6, math.inf),
 }
 
 

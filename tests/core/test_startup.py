@@ -89,6 +89,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(command_line, "prepare_streams", lambda: None)
     monkeypatch.setattr(command_line.warnings, "formatwarning", None)
     monkeypatch.setattr(command_line.linear, "prefer_pytorch_gemv", lambda: None)
+    monkeypatch.setattr(command_line.startup, "end_imports", lambda: None)
 
 
 @posix
@@ -116,6 +117,20 @@ def test_run_program_returns_the_code_of_the_program_and_of_argparse(streams):
     assert run_in_process(lambda: 2) == 2
     assert run_in_process(lambda: sys.exit(2)) == 2
     assert run_in_process(lambda: sys.exit()) == 0
+
+
+def test_garbage_collector_rests_until_the_imports_are_done(tmp_path):
+    code = """
+import startup; startup.begin()
+import gc, command_line
+def main():
+    print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+    return 0
+print(gc.isenabled())
+command_line.run_program("test", main)
+"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout == "False\nTrue True\n"
 
 
 # ------------------------------------------------------------------------------------------ streams
