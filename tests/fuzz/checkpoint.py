@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def write_shards(directory: Path) -> dict[str, str]:
     return files
 
 
-def damaged_directory(files: dict[str, bytes], omitted: tuple[str, ...] = ()) -> Path:
+def damaged_directory(files: dict[str, bytes], omitted: Collection[str] = ()) -> Path:
     """Return a directory with these files, and links to the undamaged ones of other names."""
     base = base_directory()
     directory = base.parent / NAME
@@ -87,8 +88,8 @@ def damaged_directory(files: dict[str, bytes], omitted: tuple[str, ...] = ()) ->
     return directory
 
 
-def ask(directory: Path) -> None:
-    """Answer a short question about an image as the programs do.
+def ask(directory: Path) -> list[torch.Tensor]:
+    """Answer a short question about an image as the programs do; return the logits of each step.
 
     Raises AssertionError for an answer that is chosen from logits that are not finite.
     """
@@ -97,12 +98,15 @@ def ask(directory: Path) -> None:
     config = GenerationConfig.from_model(session.model)
     new_token_limits(session.model, session.batch, None)  # checks what the checkpoint recommends
     decode = session.processor.tokenizer.decode
+    logits = []
     try:
         for step in generate_steps(session.model, session.batch, NEW_TOKENS, config):
             assert step.logits.isfinite().all()
             assert isinstance(decode(step.tokens), str)
+            logits.append(step.logits)
     except ValueError as error:  # what is wrong are the numbers of all files together
         raise ValueError(f"{directory}, config.json: {error}") from error
+    return logits
 
 
 def options(directory: Path) -> Namespace:
