@@ -2,11 +2,13 @@
 
 import reprlib
 
+MAX_REASON = 300  # characters of a foreign message: some quote a whole response or file
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or the name of its type if it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return lines[0][:MAX_REASON] if lines else type(error).__name__
 
 
 def one_line(text: object) -> str:
@@ -15,8 +17,11 @@ def one_line(text: object) -> str:
 
 
 def error_reason(error: BaseException) -> str:
-    """Return what an exception of a foreign library specifies, in one line and never empty."""
-    text = one_line(getattr(error, "strerror", None) or error)
+    """Return what an exception of a foreign library specifies: one line, bounded and never empty.
+
+    An HTTP client, for example, quotes all of a line that it cannot parse.
+    """
+    text = one_line(getattr(error, "strerror", None) or error)[:MAX_REASON]
     if isinstance(error, OSError | ValueError | SyntaxError) and text:
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -17,7 +17,8 @@ from __future__ import annotations
 import math
 import reprlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -252,6 +253,15 @@ def load_video(
     return resize_video(sampled, name, config, sizes)
 
 
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Name the image or video in a ValueError of the block, which is about sizes or modes alone."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
 def resize_video(
     sampled: video.SampledVideo, name: str, config: ImageConfig, sizes: dict[str, float]
 ) -> Clip:
@@ -263,8 +273,10 @@ def resize_video(
             size = display_size
             width, height = size
             if does_resize:
-                height, width = frame_size(height, width, len(sampled.timestamps), config, **sizes)
-                check_resized(height, width)
+                with naming(name):
+                    count = len(sampled.timestamps)
+                    height, width = frame_size(height, width, count, config, **sizes)
+                    check_resized(height, width)
             frames = np.empty((len(sampled.timestamps), height, width, 3), dtype=np.uint8)
         if does_resize:
             resized = to_rgb(image).resize((width, height), resample=config.resample)
@@ -274,7 +286,8 @@ def resize_video(
             raise ValueError(f"do_resize is off, but the frames of {name} change their size")
         if image.size != size:  # pixels that are not square
             image = image.resize(size, resample=config.resample)
-        frames[index] = resize(image, config)  # checks that the sides are multiples of the factor
+        with naming(name):
+            frames[index] = resize(image, config)  # the sides must be multiples of the factor
     assert size is not None  # `frames_between` finds at least one frame
     return Clip(frames, sampled.timestamps, size)
 
@@ -653,19 +666,21 @@ class Processor:
         config = replace(self.image_config, **bounds)
         image = load_image(source, self.limits)
         size = image.size
-        if "resized_height" in options and "resized_width" in options:
-            height, width = smart_resize(
-                options["resized_height"],
-                options["resized_width"],
-                config.factor,
-                config.min_pixels,
-                config.max_pixels,
-            )
-            check_resized(height, width)
-            image = to_rgb(image).resize((width, height), resample=config.resample)
-        frames = resize(image, config)[None]  # [1, H, W, 3]
+        name = source_name(source)
+        with naming(name):
+            if "resized_height" in options and "resized_width" in options:
+                height, width = smart_resize(
+                    options["resized_height"],
+                    options["resized_width"],
+                    config.factor,
+                    config.min_pixels,
+                    config.max_pixels,
+                )
+                check_resized(height, width)
+                image = to_rgb(image).resize((width, height), resample=config.resample)
+            frames = resize(image, config)[None]  # [1, H, W, 3]
         patches, grid = patchify(normalize(frames, config), config)
-        return Media(patches, grid, source_name(source), size)
+        return Media(patches, grid, name, size)
 
     def _expand(self, ids: list[int], pad: str, media: list[Media]) -> list[int]:
         """Return ids with the n-th placeholder repeated once for each token of the n-th image or

@@ -35,6 +35,7 @@ REDIRECTIONS = {
 RAW_RESPONSES = {
     "/strange": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
     "/garbage": b"\x00\xff nothing of HTTP\r\n\r\n",
+    "/long-status": b"HTTP/1.1 " + b"\xff" * 1000 + b"\r\n\r\n",
     "/nowhere": b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n",
 }
 # What is sent before the connection stays open without another byte.
@@ -188,6 +189,7 @@ def test_load_image_reads_an_open_file_from_its_start_and_leaves_it_open():
         ("/page", ValueError, "/page as an image: it is a web page"),
         ("/strange", OSError, "cannot fetch http://127.0.0.1"),
         ("/garbage", OSError, "cannot fetch http://127.0.0.1"),
+        ("/long-status", OSError, "cannot fetch http://127.0.0.1"),
         ("/cut", OSError, "cannot fetch http://127.0.0.1"),
         ("/round", ValueError, "/round redirects more than 10 times"),
         ("/to-file", ValueError, "/to-file redirects to file://.*, expected an http or https URL"),
@@ -204,6 +206,7 @@ def test_load_image_makes_a_server_error_one_sentence(server, path, error, said)
     with pytest.raises(error, match=said) as caught:
         load_image(server + path)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_load_image_of_a_server_that_cannot_be_reached_is_an_error():

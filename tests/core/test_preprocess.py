@@ -745,7 +745,7 @@ def test_processor_accepts_bounds_of_one_item(processor):
         (
             ask({"type": "image", "image": Image.new("RGB", (1, 201))}),
             ValueError,
-            "more than 200 times",
+            "the given Image: one side is more than 200 times",
         ),
         (
             ask({"type": "video", "fps": 1}),

@@ -920,6 +920,14 @@ def test_load_video_warns_when_a_list_has_fewer_frames_than_requested():
         assert len(load_video(draw_frames(5, 64, 48), SMALL, nframes=20).frames) == 5
 
 
+def test_load_video_names_a_video_whose_frames_are_too_thin_or_no_multiples():
+    thin = np.zeros((2, 5, 1001, 3), np.uint8)
+    with pytest.raises(ValueError, match="the given ndarray: one side is more than 200 times"):
+        load_video(thin, SMALL)
+    with pytest.raises(ValueError, match="the given ndarray: do_resize is off, but 5×1001"):
+        load_video(thin, ImageConfig(patch_size=2, do_resize=False))
+
+
 def test_load_video_refuses_empty_or_uneven_lists(tmp_path):
     def check_refused(source, sentence, **options):
         with pytest.raises(ValueError) as caught:  # noqa: PT011
