@@ -201,9 +201,20 @@ def silence_stderr() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def use_one_thread() -> None:
+    """Let PyTorch compute in one thread, where the target uses it.
+
+    Tensors of a mutant are so small that threads wait for one another: with two, a mutant of
+    `batch` took 172 ms of processor time instead of 12, one of `json_files` 61 instead of 15.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 def work(connection: Any, name: str, seed: int) -> None:
     """Answer each number with the outcome of its mutant, in a process of its own."""
     target, seeds = load_target(name)
+    use_one_thread()
     judge(target, seeds[0])  # what is imported and cached at first use is not a mutant's
     limit_memory()
     silence_stderr()

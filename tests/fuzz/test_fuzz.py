@@ -72,6 +72,17 @@ def test_run_mutants_classifies_outcomes_and_continues_after_failures(odd_target
     assert outcomes[4][1].detail == "cannot read x.json: expected an object"
 
 
+@pytest.mark.slow
+def test_run_mutants_computes_in_one_thread(tmp_path, monkeypatch):
+    code = "import torch\nfrom tests.fuzz.frame import Target\ndef run(data):\n"
+    code += "    assert torch.get_num_threads() == 1\nTARGET = Target(lambda: [b''], run, '')\n"
+    (tmp_path / "threaded").mkdir()
+    (tmp_path / "threaded" / "target.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert list(frame.run_mutants("threaded.target", 0, [0])) == [(0, frame.Outcome(frame.RIGHT))]
+
+
 def test_make_mutant_depends_on_seed_and_number_alone():
     mutants = [frame.make_mutant("images", 0, number) for number in range(50)]
     assert mutants == [frame.make_mutant("images", 0, number) for number in range(50)]
