@@ -9,6 +9,7 @@ import pytest
 
 from tests.fuzz import __main__ as program
 from tests.fuzz import frame
+from tests.fuzz.targets import weights
 
 NAMES = frame.target_names()
 CASES = [(name, path.name) for name in NAMES for path in frame.case_files(name)]
@@ -88,6 +89,29 @@ def test_make_mutant_depends_on_seed_and_number_alone():
     assert mutants == [frame.make_mutant("images", 0, number) for number in range(50)]
     assert len(set(mutants)) > 40
     assert mutants != [frame.make_mutant("images", 1, number) for number in range(50)]
+
+
+def test_weights_mutant_holds_the_files_that_it_names():
+    undamaged = weights.undamaged_files()
+    sharded = {name: content for name, content in undamaged.items() if "model-" in name}
+    files = sharded | {weights.INDEX: b"{}", "x": sharded["model-00001-of-00002.safetensors"]}
+    mutant = weights.pack(files, undamaged)
+    assert weights.unpack(mutant) == weights.unpack(weights.pack(files)) == files
+    assert len(mutant) < 300  # undamaged files are named
+    names = [set(weights.unpack(frame.make_mutant("weights", 0, n))) for n in range(400)]
+    assert {"model.safetensors"} in names  # one file
+    assert {*sharded, weights.INDEX} in names
+    assert {weights.INDEX, "model.safetensors"} in names  # an index left over
+    assert {weights.INDEX, "model-00001-of-00002.safetensors"} in names  # a shard missing
+
+
+@pytest.mark.slow
+def test_weights_target_compares_the_answer_where_no_tensor_is_damaged(monkeypatch):
+    target, seeds = frame.load_target("weights")
+    assert [frame.judge(target, data).kind for data in seeds] == [frame.RIGHT] * 2
+    other = weights.undamaged_logits() + 1
+    monkeypatch.setattr(weights, "undamaged_logits", lambda: other)
+    assert [frame.judge(target, data).kind for data in seeds] == [frame.FOREIGN] * 2
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def mutate(random: Random, inputs: list[bytes]) -> bytes:
         if INDEX in files:
             kinds = (damage_content, damage_content, damage_index, damage_index, *DAMAGES)
             random.choice(kinds)(random, files)
-        elif random.random() < 0.9:
+        elif random.random() < 0.7:
             damage_content(random, files)
         else:
             random.choice(DAMAGES)(random, files)
@@ -163,8 +163,10 @@ def replace_content(random: Random, files: dict[str, bytes]) -> None:
 
 def add_file(random: Random, files: dict[str, bytes]) -> None:
     """Add an undamaged file: an index beside the one file, or the one file beside the shards."""
-    name = random.choice(list(undamaged_files()))
-    files[name] = undamaged_files()[name]
+    absent = [name for name in undamaged_files() if name not in files]
+    if absent:
+        name = random.choice(absent)
+        files[name] = undamaged_files()[name]
 
 
 def repeat_tensor(random: Random, files: dict[str, bytes]) -> None:
