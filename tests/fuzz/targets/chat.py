@@ -70,7 +70,7 @@ def run(data: bytes) -> None:
     """Hold the conversation."""
     if b"http" in data.lower():  # nobody but this machine is asked
         return
-    data = b"\n".join(data.split(b"\n")[:MAX_LINES])
+    data = b"".join(data.splitlines(keepends=True)[:MAX_LINES])
     stdin = io.TextIOWrapper(io.BytesIO(data), "utf-8", "surrogateescape")
     logger = logging.getLogger("qwen2vl")
     logger.handlers = [Lines()]
