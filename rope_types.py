@@ -29,6 +29,7 @@ length.
 """
 
 import math
+import reprlib
 import warnings
 
 import torch
@@ -353,17 +354,24 @@ def check_required(rope_type: str, parameters: dict, name: str) -> None:
 
 def check_value(name: str, value: object, head_dim: int) -> None:
     """Raise ValueError if the value of a field is not of the kind that its type computes with."""
+    if isinstance(value, int) and value >= 2**31:  # no tensor can be divided by 2**64
+        raise ValueError(
+            f"rope_scaling: expected {name} as an integer of at most 32 bits or a float, "
+            f"got {reprlib.repr(value)}"
+        )
     if name == "truncate":
         if not isinstance(value, bool):
             raise ValueError(f"rope_scaling: expected {name} to be true or false, got {value!r}")
         return
     if name in ("mscale", "mscale_all_dim"):
         if value != 0 and not is_positive(value):  # 0 counts as absent, as in the reference
-            raise ValueError(f"rope_scaling: expected {name} of at least 0, got {value!r}")
+            raise ValueError(
+                f"rope_scaling: expected {name} of at least 0, got {reprlib.repr(value)}"
+            )
         return
     if name not in ("short_factor", "long_factor"):
         if not is_positive(value):
-            raise ValueError(f"rope_scaling: expected a positive {name}, got {value!r}")
+            raise ValueError(f"rope_scaling: expected a positive {name}, got {reprlib.repr(value)}")
         return
     if not isinstance(value, list) or len(value) != head_dim // 2:
         raise ValueError(
@@ -375,7 +383,9 @@ def check_value(name: str, value: object, head_dim: int) -> None:
 
 
 def is_positive(value: object) -> bool:
-    """Return whether the value is a finite number above 0 (a boolean is not a number here)."""
+    """Return whether the value is a 32-bit integer or a finite float above 0, and no boolean."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    if isinstance(value, int):
+        return 0 < value < 2**31
     return math.isfinite(value) and value > 0

@@ -358,6 +358,19 @@ def test_load_config_reads_what_reference_saves_without_warning(name, tmp_path):
         ("linear", {"factor": "2"}, "expected a positive factor, got '2'"),
         ("linear", {"factor": True}, "expected a positive factor, got True"),
         ("linear", {"factor": math.inf}, "expected a positive factor, got inf"),
+        (
+            "linear",
+            {"factor": 2**64},
+            "factor as an integer of at most 32 bits or a float, got 1844",
+        ),
+        (
+            "linear",
+            {"factor": 10**400},
+            "factor as an integer of at most 32 bits or a float, got 1",
+        ),
+        ("linear", {"factor": -(10**400)}, "expected a positive factor, got -1"),
+        ("longrope", {"long_factor": [2**64] * 8}, "expected positive numbers in long_factor"),
+        ("yarn", {"attention_factor": 2**64}, "attention_factor as an integer of at most 32 bits"),
         ("linear", {"factor": math.nan}, "expected a positive factor, got nan"),
         (
             "yarn",
