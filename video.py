@@ -33,6 +33,7 @@ one by one, so memory holds one frame in full and a few numbers for each frame o
 import math
 import os
 import re
+import reprlib
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -83,11 +84,18 @@ def check_options(options: dict) -> None:
     for name, value in options.items():
         if value is None:
             continue
-        is_number = isinstance(value, Real) and math.isfinite(value)
-        if name in POSITIVE_OPTIONS and not (is_number and value > 0):
-            raise ValueError(f"{name} is {value!r}, expected a positive number")
-        if not is_number:
-            raise ValueError(f"{name} is {value!r}, expected a number")
+        if name in POSITIVE_OPTIONS and not (is_number(value) and value > 0):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, expected a positive number")
+        if not is_number(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, expected a number")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a number that is finite as a float; one of 400 digits is not."""
+    try:
+        return isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 # -------------------------------------------------------------------------- which frames, how large

@@ -291,6 +291,12 @@ def test_frame_size_splits_the_budget_of_a_long_video():
     assert frame_size(2000, 2000, 768, ImageConfig()) == (17 * 28, 17 * 28)
 
 
+@pytest.mark.parametrize("option", ["fps", "nframes", "video_start"])
+def test_load_video_refuses_a_number_that_is_no_float(option):
+    with pytest.raises(ValueError, match=rf"{option} is 1000+\.\.\.0+, expected a (positive )?nu"):
+        load_video(draw_frames(2, 8, 8), SMALL, **{option: 10**400})
+
+
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "2"])
 @pytest.mark.parametrize(
     "option", ["fps", "nframes", "max_frames", "min_pixels", "total_pixels", "resized_width"]

@@ -22,7 +22,23 @@ from tests.fuzz.frame import Target
 from tests.fuzz.mutations import mutate_bytes
 from tests.fuzz.targets.images import draw, save
 
-VALUES = [None, True, 0, 1, -1, 1.5, 1e308, float("nan"), 10**30, 2**63, "", "x", "\0", "\ud800"]
+VALUES = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    1.5,
+    1e308,
+    float("nan"),
+    10**30,
+    10**400,
+    2**63,
+    "",
+    "x",
+    "\0",
+    "\ud800",
+]
 VALUES += [[], {}, [[]], [None], {"": None}, "<image>", "<video>", "<|image_pad|>", "<|im_end|>"]
 VALUES += ["gone.png", "file:///gone.png", "data:,", "data:image/png;base64,AAAA", ".", "/dev/null"]
 VALUES += ["user", "assistant", "system", "tool", "image", "video", "image_url", "text"]
