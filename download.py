@@ -104,7 +104,10 @@ async def fetch(url: str, name: str, max_bytes: int, silent_seconds: float) -> B
     async with client:
         request = client.build_request("GET", url)
         for _ in range(MAX_REDIRECTS + 1):
-            response = await client.send(request, stream=True)
+            try:
+                response = await client.send(request, stream=True)
+            except httpx2.InvalidURL as error:  # of a redirect, which httpx2 2.16.0 checks here
+                raise Refused(f"{name} redirects to no URL: {error_reason(error)}") from error
             try:
                 if response.next_request is None:
                     check_response(response, name, max_bytes)
