@@ -43,7 +43,7 @@ GREEDY = GenerationConfig()
 SAMPLINGS = {
     "greedy": GREEDY,
     "penalty": GenerationConfig(repetition_penalty=1.04),
-    "sampled": GenerationConfig(True, temperature=0.5, seed=3),
+    "sampled": GenerationConfig(True, temperature=0.2, seed=3),
     "all": GenerationConfig(True, 0.4, 8, 0.9, 1.03, seed=1, min_p=0.05),
 }
 
