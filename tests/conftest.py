@@ -40,14 +40,17 @@ class SkippingModule(types.ModuleType):
     __getitem__ = __sub__ = __iter__ = __call__
 
 
+REFERENCES = ("transformers", "peft")  # peft needs transformers
+
+
 class ReferenceFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Find transformers and its submodules where it is not installed.
+    """Find transformers and peft, with their submodules, where transformers is not installed.
 
     So that the tests run with versions of other packages that it cannot be installed with.
     """
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] != "transformers":
+        if name.partition(".")[0] not in REFERENCES:
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
@@ -65,7 +68,7 @@ if importlib.util.find_spec("transformers") is None:
 def pytest_report_header():
     """Return the line that says that the reference is missing."""
     if any(isinstance(finder, ReferenceFinder) for finder in sys.meta_path):
-        return "transformers is not installed: the tests that compare with it are skipped"
+        return "transformers is not installed: tests that compare with it or with peft are skipped"
     return None
 
 

@@ -10,8 +10,8 @@ PyTorch brings its CUDA libraries, about 6 GB an environment. What was installed
 ended is printed as a line of the table in tests/README.md. The exit code is 1 if anything failed.
 
     locked      requirements-dev.txt: what the project is tested with
-    oldest      the lower bounds of pyproject.toml. The reference (transformers) does not run with
-                them, so the tests that compare with it are skipped, see conftest.py
+    oldest      the lower bounds of pyproject.toml. The references (transformers, peft) do not run
+                with them, so the tests that compare with them are skipped, see conftest.py
     reference   the lower bounds that leave the reference something to run with: all but those of
                 tokenizers, huggingface_hub and safetensors, whose ranges it narrows
     newest      the newest of everything in pyproject.toml, with the reference as locked
@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ("locked", "oldest", "reference", "newest")
 NARROWED = ("tokenizers", "huggingface_hub", "safetensors")  # by the reference
 NOT_NEEDED = ("ruff", "mypy", "jupyterlab")  # by the tests
+REFERENCES = ("transformers", "peft")  # peft would bring an old transformers
 LIST_VERSIONS = """
 import importlib.metadata, platform, sys
 packages = [f"{name} {importlib.metadata.version(name)}" for name in sys.argv[1:]]
@@ -67,7 +68,7 @@ def requirements(environment: str) -> list[str]:
     if environment == "newest":
         return ["--upgrade", *ours, *for_tests]
     if environment == "oldest":
-        for_tests = [line for line in for_tests if package_name(line) != "transformers"]
+        for_tests = [line for line in for_tests if package_name(line) not in REFERENCES]
         return [*map(lower_bound, ours), *for_tests]
     pinned = [lower_bound(line) for line in ours if package_name(line) not in NARROWED]
     narrowed = [line for line in ours if package_name(line) in NARROWED]
