@@ -512,6 +512,7 @@ class Needs(NamedTuple):
     private: dict[str, int]  # by name
     growth: int = 0  # of the cache, where the answers have all their tokens
     mapped: int = 0
+    advice: str = ""  # the options that lower them, where they are others than `advice` returns
 
     def total(self) -> int:
         """Return the private bytes."""
@@ -626,9 +627,10 @@ def refuse_shortage(run: Run, batch: Batch | None, needs: Needs, mapped: int, fr
         return
     sizes = needs.private | {"mapped weights": mapped}
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size)
+    options = needs.advice or advice(run, batch)
     raise MemoryShortageError(
         f"memory does not suffice: about {format_bytes(needed)} are needed ({parts}), but "
-        f"{format_bytes(free.bytes + free.swap)} are free {free.place}: {advice(run, batch)}; "
+        f"{format_bytes(free.bytes + free.swap)} are free {free.place}: {options}; "
         "--no-memory-check starts anyway"
     )
 

@@ -30,8 +30,10 @@ import torch
 from safetensors.torch import save_file
 
 import command_line
+import memory
 from apps.training import Recipe, Trainer
 from apps.training_data import Encoder, Example, read_examples
+from apps.training_memory import training_needs
 from errors import first_line
 from lora import DECODER_TARGETS, VISION_TARGETS, adapter_tensors, add_lora
 from output_files import check_directory, locked, write_file, write_json
@@ -122,6 +124,9 @@ def run_locked(arguments: argparse.Namespace, recipe: Recipe, folder: Path) -> N
         evaluation += read_examples(arguments.eval, encoder, arguments.max_length)
 
     memory_run = command_line.checked_run(arguments, directory)
+    if memory_run is not None:
+        needs = training_needs(memory_run, arguments, encoder, examples)
+        memory.check_needs(memory_run, None, needs)
     model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
     if model.model.norm.weight.dtype == torch.float16:
         raise ValueError("float16 would lose small gradients: expected --dtype bfloat16 or float32")

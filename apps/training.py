@@ -34,8 +34,13 @@ def answer_loss(model: Qwen2VL, batch: dict[str, Tensor]) -> Tensor:
     targets = batch["labels"][:, 1:]  # of the token after each
     counts = targets != IGNORED  # [B, S - 1]
     hidden = model.hidden_states(**inputs)[:, :-1]  # [B, S - 1, C]
-    logits = model.lm_head(hidden[counts])  # [tokens that count, V]
-    return F.cross_entropy(at_least_float32(logits), targets[counts], reduction="sum")
+    return loss_of_tokens(model, hidden[counts], targets[counts])
+
+
+def loss_of_tokens(model: Qwen2VL, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross entropies of targets [N], given hidden [N, C] before each."""
+    logits = model.lm_head(hidden)  # [N, V]
+    return F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
 
 
 @dataclass(frozen=True)

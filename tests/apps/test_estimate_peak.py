@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import command_line
+from apps import finetune
+from apps.training_data import Encoder, read_examples
+from apps.training_memory import training_needs
 from command_line import BUNDLED_CHECKPOINT
 from load_weights import empty_model, load_config
 
@@ -42,11 +46,14 @@ class PrivatePeak(TorchDispatchMode):
 program = importlib.import_module(sys.argv[1])
 linear.prefer_pytorch_gemv()
 with PrivatePeak():
+    torch.zeros(1)  # what the process holds before
+    before = PrivatePeak.pages * os.sysconf("SC_PAGE_SIZE")
     code = program.main(sys.argv[2:])
 with open("/proc/self/status") as file:
     [peak] = [line.split()[1] for line in file if line.startswith("VmHWM")]
 private = PrivatePeak.pages * os.sysconf("SC_PAGE_SIZE")
-print(json.dumps({"code": code, "peak": int(peak) * 1024, "private": private}))
+peak = int(peak) * 1024
+print(json.dumps({"code": code, "peak": peak, "private": private, "before": before}))
 """
 
 
@@ -135,11 +142,17 @@ def estimated_peak(*options):
     return peak, peak - 1e6 * float(mapped.replace(",", ""))
 
 
-def measured_peak(program, *options):
-    """Return the bytes of the peak, and those of the private peak, of a run."""
+def measure(program, *options):
+    """Return the bytes of a run: of its peak, of its private peak, and of those before it."""
     lines = run_program("-c", MEASURE, program, "--quiet", *options).splitlines()
     measured = json.loads(lines[-1])
     assert measured["code"] == 0
+    return measured
+
+
+def measured_peak(program, *options):
+    """Return the bytes of the peak, and those of the private peak, of a run."""
+    measured = measure(program, *options)
     return measured["peak"], measured["private"]
 
 
@@ -203,3 +216,42 @@ def test_estimated_peak_of_a_batch_is_near_the_measured_one(checkpoint, tmp_path
     out = tmp_path / "answers.jsonl"
     compare("batch", estimated, measured_peak("apps.batch", questions, "--out", out, *options))
     assert "error" not in out.read_text()
+
+
+def estimated_training(*options):
+    """Return the private bytes that the check of apps.finetune compares with those free."""
+    arguments = finetune.parse_arguments([str(option) for option in options])
+    directory, processor = command_line.load_processor(arguments)
+    encoder = Encoder(processor)
+    examples = read_examples(arguments.data, encoder, arguments.max_length)
+    run = command_line.checked_run(arguments, directory)
+    return training_needs(run, arguments, encoder, examples).total()
+
+
+TRAININGS = {
+    "one": [],
+    "checkpointing": ["--gradient-checkpointing"],
+    "padded batch": ["--batch-size", "2", "--attention", "eager"],
+    "vision": ["--vision"],
+}
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_estimated_memory_of_a_training_is_near_the_measured_one(case, checkpoint, tmp_path):
+    image = {"type": "image", "image": str(ROOT / "examples" / "wide.png")}
+    lines = []
+    for count in (20, 60):
+        question = {"role": "user", "content": [image, {"type": "text", "text": "How many?"}]}
+        lines.append(json.dumps([question, {"role": "assistant", "content": "One. " * count}]))
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(lines))
+    options = ["--data", data, "--out", tmp_path / "out", "--model", checkpoint, "--device", "cpu"]
+    options += ["--min-pixels", "150000", "--accumulate", "1", *TRAININGS[case]]
+    estimated = estimated_training(*options)
+    measured = measure("apps.finetune", *options)
+    training = measured["private"] - measured["before"]
+    print(
+        f"{case}: {training / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB, "
+        f"{estimated / training - 1:+.1%}"
+    )
+    assert estimated == pytest.approx(training, rel=0.2)
