@@ -63,6 +63,7 @@ from generate import (
     stream,
     trained_length,
 )
+from json_files import MAX_DEPTH, is_deeper_than
 from output_files import check_output, locked, write_file
 from preprocess import Processor
 from qwen2vl import Qwen2VL
@@ -254,7 +255,11 @@ class Reader:
             )
         content = json.loads(line.rstrip().decode("utf-8-sig"))
         if isinstance(content, dict) and "id" in content:
-            json.dumps([[[[[[[[content["id"]]]]]]]]])  # it can be written: nested less than allowed
+            # How deeply nested what Python can read may be differs from what it can write.
+            if is_deeper_than({"id": content["id"]}, MAX_DEPTH):
+                raise ValueError(
+                    f"id: expected lists and objects nested less than {MAX_DEPTH} deep"
+                )
             question.record["id"] = content["id"]
         messages = read_conversation(content)
         if not messages:
