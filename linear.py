@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from int4_layout import (
     block_ranges,
     pack_for_kernel,
-    pack_pairs_for_kernel,
+    pack_words_for_kernel,
     pair_rows,
     unpack_from_kernel,
 )
-from packed_weights import Grouping, Packing, Unpacked, copy_in_order, dequantize
+from packed_weights import Grouping, Packing, Unpacked, dequantize
 
 MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight takes
 FEW_ROWS = 8  # so many, where oneDNN has no kernel for the dtype
@@ -32,9 +32,8 @@ FEW_ROWS = 8  # so many, where oneDNN has no kernel for the dtype
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32
 MANY_INT4_ROWS = 128
-# Outputs of layers of 4 bits that are in the cache between steps; whole blocks of the kernel.
+# Outputs that are in the cache while a layer is quantized to 4 bits; whole blocks of the kernel.
 INT4_QUANTIZED = 256
-INT4_LOADED = 1024
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -667,23 +666,19 @@ def int4_layer(layer: PackedLinear) -> Int4Linear | None:
     if size not in Int4Linear.GROUPS or not has_equal_groups(layer, size):
         return None
     if layer.packing.method == "GPTQ" and not layer.packing.act_order:
-        return int4_layer_of_pairs(layer)
+        return int4_layer_of_words(layer)
     return Int4Linear.from_chunks(layer.unpack_chunks(), layer.bias, input_order(layer))
 
 
-def int4_layer_of_pairs(layer: PackedLinear) -> Int4Linear:
+def int4_layer_of_words(layer: PackedLinear) -> Int4Linear:
     """Return a layer of 4 bits for the kernel from GPTQ's tensors, groups being neighbors.
 
     Byte by byte: GPTQ has two neighboring inputs in a byte, the kernel two outputs.
     """
     tensors = layer.tensors()
-    qweight = tensors["qweight"]  # [in / 8, out]
-    packed = []
-    for start in range(0, layer.out_features, INT4_LOADED):
-        words = copy_in_order(qweight[:, start : start + INT4_LOADED].T)
-        packed.append(pack_pairs_for_kernel(words.view(torch.uint8)))
+    packed = pack_words_for_kernel(tensors["qweight"])
     zeros = layer.packing.unpack_zeros(tensors, 0, layer.out_features)
-    return Int4Linear(torch.cat(packed), zeros, tensors["scales"].T, layer.bias)
+    return Int4Linear(packed, zeros, tensors["scales"].T, layer.bias)
 
 
 def int8_layer(layer: PackedLinear) -> Int8Linear | GroupedInt8Linear | None:
@@ -691,17 +686,18 @@ def int8_layer(layer: PackedLinear) -> Int8Linear | GroupedInt8Linear | None:
     size = layer.group_size()
     if not has_equal_groups(layer, size):
         return None
+    tensors = layer.tensors()
+    zeros = layer.packing.unpack_zeros(tensors, 0, layer.out_features)
+    symmetric = layer.packing.symmetric if zeros.is_meta else bool((zeros == 128).all())
+    if not symmetric:
+        return None  # a zero point other than that of int8
+    # At once: PyTorch transposes a whole matrix in blocks, which it does not do for slices of one.
+    numbers = layer.packing.unpack(tensors, 0, layer.out_features).numbers
     order = input_order(layer)
-    chunks = []
-    for numbers, zeros, _ in layer.unpack_chunks():
-        symmetric = layer.packing.symmetric if zeros.is_meta else bool((zeros == 128).all())
-        if not symmetric:
-            return None  # a zero point other than that of int8
-        if order is not None:
-            numbers = numbers[:, order]
-        chunks.append((numbers ^ 128).view(torch.int8))
-    weight = torch.cat(chunks)
-    scales = layer.tensors()["scales"].bfloat16()
+    if order is not None:
+        numbers = numbers[:, order]
+    weight = numbers.bitwise_xor_(128).view(torch.int8)
+    scales = tensors["scales"].bfloat16()
     if size == layer.in_features:
         return Int8Linear(weight, scales[0], layer.bias)
     weight = weight.unflatten(1, (-1, size)).transpose(0, 1).contiguous()

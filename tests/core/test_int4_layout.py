@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import int4_layout
 from command_line import BUNDLED_CHECKPOINT
+from packed_weights import pack_int32
 
-SHAPES = [(16, 32), (48, 64), (64, 96), (272, 128), (256, 2048), (32, 32), (96, 32)]
+SHAPES = [(16, 32), (48, 64), (64, 96), (272, 128), (256, 2048), (32, 32), (96, 32), (1104, 64)]
 
 
 def forget_the_layout():
@@ -51,8 +52,9 @@ def random_numbers(shape):
     return torch.randint(0, 16, shape, dtype=torch.uint8)
 
 
-def pairs_of_inputs(numbers):
-    return numbers[:, ::2] | numbers[:, 1::2] << 4
+def words_of_inputs(numbers):
+    """Return int32 [in / 8, n] as GPTQ has them."""
+    return pack_int32(numbers, 4).T.contiguous()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -61,7 +63,7 @@ def test_pack_for_kernel_equals_the_operator(shape):
     expected = int4_layout.pack_by_operator(numbers)
     assert torch.equal(int4_layout.pack_for_kernel(numbers), expected)
     assert torch.equal(int4_layout.pack_for_kernel(numbers.T.contiguous().T), expected)
-    assert torch.equal(int4_layout.pack_pairs_for_kernel(pairs_of_inputs(numbers)), expected)
+    assert torch.equal(int4_layout.pack_words_for_kernel(words_of_inputs(numbers)), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -71,13 +73,13 @@ def test_unpack_from_kernel_is_the_inverse_of_the_operator(shape):
     assert torch.equal(int4_layout.unpack_from_kernel(packed), numbers)
 
 
-@pytest.mark.parametrize("rows", [1, 17, 37, 90])
+@pytest.mark.parametrize("rows", [1, 17, 37, 90, 530])
 def test_pack_for_kernel_pads_rows_with_zeros(rows):
     numbers = random_numbers((rows, 64))
     padded = F.pad(numbers, (0, 0, 0, -rows % 16))
     expected = int4_layout.pack_by_operator(padded)
     assert torch.equal(int4_layout.pack_for_kernel(numbers), expected)
-    assert torch.equal(int4_layout.pack_pairs_for_kernel(pairs_of_inputs(numbers)), expected)
+    assert torch.equal(int4_layout.pack_words_for_kernel(words_of_inputs(numbers)), expected)
 
 
 @pytest.mark.parametrize(("size", "halves"), [(32, True), (64, True), (16, False), (32, False)])
@@ -88,7 +90,7 @@ def test_layouts_of_other_processors_are_read_off_the_operator(size, halves, lay
     numbers = random_numbers((208, 64))
     expected = pack_plainly(numbers, size, halves)
     assert torch.equal(int4_layout.pack_for_kernel(numbers), expected)
-    assert torch.equal(int4_layout.pack_pairs_for_kernel(pairs_of_inputs(numbers)), expected)
+    assert torch.equal(int4_layout.pack_words_for_kernel(words_of_inputs(numbers)), expected)
     assert torch.equal(int4_layout.unpack_from_kernel(expected), numbers)
 
 
