@@ -440,15 +440,16 @@ def answer_file(
     answerer: Answerer,
     path: str,
     out: str,
+    answers: dict[int, dict],
     batch_size: int = 8,
     video_options: dict | None = None,
 ) -> None:
     """Answer each line of the file `path` that has no answer in `out` yet.
 
-    What fails in one conversation costs only its own record. The caller holds the lock of `out`.
+    answers: of `read_answers`, by the caller, who holds the lock of `out`.
+    What fails in one conversation costs only its own record.
     Raises ValueError or OSError with one sentence for unusable files.
     """
-    answers = read_answers(out)
     total = count_questions(path, out, answers)
     write_records(out, answers.values())  # without errors, and without half a record
     reader = Reader(
@@ -485,7 +486,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def run_locked(arguments: argparse.Namespace) -> None:
     """Load the model and answer the file, whose answers no other run writes meanwhile."""
-    read_answers(arguments.out)  # what is no file of answers is refused before a model is loaded
+    # What is no file of answers is refused before a model is loaded.
+    answers = read_answers(arguments.out)
     directory, processor = command_line.load_processor(arguments)
     memory_run = command_line.checked_run(arguments, directory)
     model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
@@ -502,6 +504,7 @@ def run_locked(arguments: argparse.Namespace) -> None:
         answerer,
         arguments.questions,
         arguments.out,
+        answers,
         1 if arguments.exact else arguments.batch_size,
         command_line.video_options(arguments),
     )

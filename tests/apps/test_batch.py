@@ -23,7 +23,7 @@ import command_line
 import cuda_graph
 import generate
 from apps import batch as batch_app
-from apps.batch import Answerer, Question, answer_file, parse_arguments
+from apps.batch import Answerer, Question, answer_file, parse_arguments, read_answers
 from command_line import BUNDLED_CHECKPOINT
 from generate import GenerationConfig
 from json_files import MAX_DEPTH
@@ -132,6 +132,7 @@ class Files:
             answerer,
             arguments.questions,
             arguments.out,
+            read_answers(arguments.out),
             arguments.batch_size,
             command_line.video_options(arguments),
         )
@@ -494,10 +495,10 @@ def test_answer_file_applies_max_length_to_each_prompt(files, random_model, monk
     long_question = user_message("How many of them are there in all, on the left side?")
     files.write([user_message("What?"), long_question, MIXED[2]])
     answerer = Answerer(random_model, PROCESSOR, GREEDY)
-    answer_file(answerer, files.questions, files.out)
+    answer_file(answerer, files.questions, files.out, {})
     together = files.records()
     files.out = files.out.with_name("alone.jsonl")
-    answer_file(answerer, files.questions, files.out, batch_size=1)
+    answer_file(answerer, files.questions, files.out, {}, batch_size=1)
     assert together == files.records()
     assert sum("error" in record for record in together) == 1
     for record in together:

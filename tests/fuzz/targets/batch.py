@@ -119,7 +119,7 @@ def run(data: bytes) -> None:
         path = Path(folder) / "questions.jsonl"
         out = Path(folder) / "answers.jsonl"
         path.write_bytes(data)
-        answer_file(answerer(), str(path), str(out), batch_size=4)
+        answer_file(answerer(), str(path), str(out), {}, batch_size=4)
         records = [json.loads(line) for line in out.read_bytes().splitlines()]
     numbers = [n for n, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     assert [record["line"] for record in records] == numbers
