@@ -18,17 +18,14 @@ if __name__ == "__main__":  # before the imports, which take seconds
     startup.begin()
 
 import argparse
-import warnings
 from pathlib import Path
-
-import torch
 
 import command_line
 import linear
 import memory
 from checkpoint_files import find_checkpoint, find_packing
 from hub import SETTINGS
-from load_weights import checkpoint_dtype, load_config, load_model, save_model
+from load_weights import load_model, save_model
 from output_files import check_directory, write_file
 
 # Written by `save_model`, or about the weights of the original.
@@ -55,21 +52,6 @@ def copy_settings(source: Path, target: Path) -> list[str]:
     return sorted(names)
 
 
-def open_run(source: Path, bits: int) -> memory.Run:
-    """Return what quantizing a checkpoint needs memory for. Raises ValueError as loading does."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they come when the model is loaded
-        config = load_config(source)
-    return memory.Run(
-        config,
-        torch.device("cpu"),
-        checkpoint_dtype(source),
-        quantize=f"int{bits}",
-        quantize_head=False,
-        stored_dtypes=memory.read_stored_dtypes(source, config),
-    )
-
-
 def quantize(arguments: argparse.Namespace) -> None:
     """Write the quantized checkpoint. Raises OSError or ValueError with one sentence."""
     out = Path(arguments.out)
@@ -77,11 +59,13 @@ def quantize(arguments: argparse.Namespace) -> None:
     source = find_checkpoint(arguments.model)
     if find_packing(source) is not None:
         raise ValueError(f"{source} is quantized already: expected a checkpoint of plain weights")
-    if arguments.memory_check:
-        memory.check_quantizing(open_run(source, arguments.bits))
+    run = command_line.checked_run(arguments, source)
+    if run is not None:
+        run.quantize_head = False
+        memory.check_quantizing(run)
     model = load_model(source, "cpu")
     before = sum(parameter.nbytes for parameter in model.parameters())
-    linear.quantize_linears(model.model, f"int{arguments.bits}")  # the decoder without the head
+    linear.quantize_linears(model.model, arguments.quantize)  # the decoder without the head
     after = sum(parameter.nbytes for parameter in model.parameters())
     save_model(model, out)
     copy_settings(source, out)
@@ -107,7 +91,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     command_line.add_memory_check_option(parser)
     parser.add_argument("--quiet", action="store_true", help="print warnings only")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.quantize = f"int{arguments.bits}"
+    # What else a run has, for the memory check.
+    unset = {"dtype": None, "max_new_tokens": None, "adapter": []}
+    vars(arguments).update(unset, device="cpu", attention="sdpa")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
