@@ -76,7 +76,14 @@ def find_checkpoint(shapes: str) -> Path:
 
 
 def make_checkpoint(config: Config, folder: Path) -> None:
-    """Write random bfloat16 weights that keep activations of order one, and a tokenizer."""
+    """Write random weights, a tokenizer and image settings."""
+    write_random_weights(config, folder)
+    write_tokenizer(folder)
+    shutil.copy(ROOT / "tiny" / "checkpoint" / "preprocessor_config.json", folder)
+
+
+def write_random_weights(config: Config, folder: Path) -> None:
+    """Write random bfloat16 weights that keep activations of order one."""
     with torch.device("meta"):
         model = Qwen2VL(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
@@ -91,8 +98,6 @@ def make_checkpoint(config: Config, folder: Path) -> None:
             else:  # the weight of a norm
                 parameter.normal_(mean=1.0, std=0.2)
     save_model(model, folder)
-    write_tokenizer(folder)
-    shutil.copy(ROOT / "tiny" / "checkpoint" / "preprocessor_config.json", folder)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -250,7 +250,19 @@ def measure_llama(job: dict) -> None:
     llama.measure(job)
 
 
-JOBS = {"cold": cold, "questions": questions, "ceilings": measure_ceilings, "llama": measure_llama}
+def measure_finetune(job: dict) -> None:
+    from benchmarks import finetune
+
+    finetune.train(job)
+
+
+JOBS = {
+    "cold": cold,
+    "questions": questions,
+    "ceilings": measure_ceilings,
+    "llama": measure_llama,
+    "finetune": measure_finetune,
+}
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
