@@ -40,14 +40,14 @@ def test_main_compares_equal_steps_in_turns(dtype, monkeypatch, capsys):
 
     monkeypatch.setattr(finetune, "run_quietly", run_and_note)
     assert finetune.main([*TINY, "--dtypes", dtype, "--repetitions", "2"]) == 0
-    in_turn = [("ours", "plain", False), ("peft", "plain", False)]
-    in_turn += [("ours", "checkpointing", True), ("peft", "checkpointing", True)]
+    in_turn = []
+    for task, settings in finetune.TASKS.items():
+        in_turn += [(side, task, settings["checkpointing"]) for side in ("ours", "peft")]
     assert ran == in_turn + in_turn[::-1]
     output = capsys.readouterr().out
     lines = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     assert [(line["dtype"], line["task"]) for line in lines] == [
-        (dtype, "plain"),
-        (dtype, "checkpointing"),
+        (dtype, task) for task in finetune.TASKS
     ]
     for line in lines:
         assert line["ratio"] == divide(line["rates"]["ours"], line["rates"]["peft"])
