@@ -11,6 +11,7 @@ Shapes: rows, all dimensions but the last of x together;
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import cast
 
 import torch
@@ -32,6 +33,10 @@ FEW_ROWS = 8  # so many, where oneDNN has no kernel for the dtype
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32
 MANY_INT4_ROWS = 128
+BYTES_LARGEST = 32639  # 127 · 256 + 127: the largest number of two signed bytes
+OUTLIER = 10  # times the mean size of a row: beside one so large, bytes lose the others
+BYTE_WEIGHTS = 2**20  # smaller layers take less time than splitting activations into bytes
+BYTE_ROWS = 256  # so many are split into bytes at once, so that they stay in the cache
 # Outputs that are in the cache while a layer is quantized to 4 bits; whole blocks of the kernel.
 INT4_QUANTIZED = 256
 
@@ -293,6 +298,118 @@ class Int8Linear(QuantizedLinear):
             products = cpu_matmul(x, self.weight[outputs].to(x.dtype))
             y[:, outputs] = products.mul_(self.scale[outputs].to(x.dtype))
         return y
+
+
+@cache
+def has_byte_matmul() -> bool:
+    """Return whether oneDNN multiplies bytes exactly on this processor: with AVX512_VNNI.
+
+    Without these instructions it adds two products in 16 bits, which saturates. A product is
+    computed to find out, as oneDNN may be held to fewer instructions than the processor has.
+    """
+    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
+        return False
+    weight = torch.full((64, 64), 127, dtype=torch.int8)
+    rows = torch.full((1, 64), 255, dtype=torch.uint8)
+    products = multiply_bytes(rows, pack_bytes(weight), torch.ones(64))
+    return bool((products == 64 * 127 * 127).all())
+
+
+def pack_bytes(weight: Tensor) -> Tensor:
+    """Return int8 [out, in] as oneDNN's matmul reads it: an opaque tensor of shape [in, out]."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def multiply_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return (rows - 128) · weight · scale: float32 [n, out].
+
+    rows: uint8 [n, in]; weight: of `pack_bytes`; scale: float32 [out]. The sums of the products
+    are exact. (With signed rows oneDNN has no fast kernel on AMD's processors.)
+    """
+    no_zeros = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 128, weight, scale, no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def split_bytes(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x [n, in] in steps [n, 1], two bytes for a number: uint8 [n, in], high and low ones.
+
+    x = ((high - 128) · 256 + low - 128) · step, within half a step.
+    """
+    numbers = (x / step + (128 * 257 + 0.5)).to(torch.int32)  # positive, so this rounds
+    return (numbers >> 8).to(torch.uint8), numbers.to(torch.uint8)
+
+
+class VnniInt8Linear(QuantizedLinear):
+    """An `Int8Linear` whose activations are rounded to bytes as well, in steps of each row's own.
+
+    Two bytes for an activation are two products with a weight that is read once; they are as exact
+    as bfloat16 activations. Of many rows, those without outliers are multiplied by one byte, which
+    takes half as long: beside an outlier, one byte has few digits left for other activations.
+    For processors with `has_byte_matmul`. Source: arXiv 2208.07339 §2, for scales of rows.
+    """
+
+    def __init__(self, layer: Int8Linear):
+        """Take the place of a layer; its weight is not kept."""
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.weight = frozen(pack_bytes(layer.weight))
+        self.scale = layer.scale
+        self.bias = layer.bias
+
+    def method(self) -> str:
+        return "int8"
+
+    def grouping(self) -> Grouping:
+        return Grouping(8, -1, symmetric=True, act_order=False)
+
+    def plain(self) -> Int8Linear:
+        """Return a layer as the one that this took the place of: the weight is the same."""
+        return Int8Linear(self.weight.to_dense().T.contiguous(), self.scale, self.bias)
+
+    def __reduce__(self) -> tuple:
+        """For copies and pickles, which tensors in a layout of oneDNN's do not support."""
+        return VnniInt8Linear, (self.plain(),)
+
+    def unpack_chunks(self) -> Iterator[Unpacked]:
+        yield from self.plain().unpack_chunks()
+
+    def groups(self) -> Tensor:
+        return torch.zeros(self.in_features, dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        y = x.new_empty(len(rows), self.out_features)
+        for part, outputs in zip(rows.split(BYTE_ROWS), y.split(BYTE_ROWS), strict=True):
+            outputs.copy_(self.multiply(part))
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return x [n, in] times the weights: float32 [n, out]."""
+        count = len(x)
+        sizes = x.abs()
+        largest = sizes.amax(1, keepdim=True).float().clamp_(min=1e-30)  # a row may be all zeros
+        step = largest / BYTES_LARGEST
+        high, low = split_bytes(x, step)
+        if count >= MANY_ROWS:
+            has_outliers = largest > OUTLIER * sizes.mean(1, keepdim=True)
+            rows = has_outliers.flatten().nonzero()[:, 0]
+            products = self.multiply_bytes(torch.cat((high, low[rows])))
+            sums = products[:count].mul_(256).index_add_(0, rows, products[count:])
+        else:
+            # A large weight is read faster for four rows than for two (benchmarks/README.md).
+            parts = (high, low, high, low) if count == 1 else (high, low)
+            products = self.multiply_bytes(torch.cat(parts))
+            sums = products[:count].mul_(256).add_(products[count : 2 * count])
+        return sums.mul_(step)
+
+    def multiply_bytes(self, rows: Tensor) -> Tensor:
+        """Return uint8 rows [n, in], less 128, times the weights: float32 [n, out]."""
+        return multiply_bytes(rows, self.weight, self.scale.float())
 
 
 class GroupedInt8Linear(QuantizedLinear):
@@ -643,6 +760,19 @@ def use_kernels(model: nn.Module, dtype: torch.dtype) -> None:
         layer = int4_layer(module) if module.packing.bits == 4 else int8_layer(module)
         if layer is not None:
             model.set_submodule(name, layer)
+
+
+def use_byte_kernel(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace each large `Int8Linear` where the CPU multiplies bytes, one after the other.
+
+    For the dtypes of 16 bits, as many rows are rounded to bytes.
+    """
+    if dtype not in (torch.bfloat16, torch.float16) or not has_byte_matmul():
+        return
+    for name in names_of(Int8Linear, model):
+        module = cast(Int8Linear, model.get_submodule(name))
+        if module.weight.numel() >= BYTE_WEIGHTS:
+            model.set_submodule(name, VnniInt8Linear(module))
 
 
 def input_order(layer: PackedLinear) -> Tensor | None:

@@ -508,6 +508,8 @@ def load_model(
     if quantize is not None:
         state.clear()  # so that each layer's weights are released as it is quantized
         linear.quantize_linears(model, quantize)
+    if device.type == "cpu":
+        linear.use_byte_kernel(model, dtype)
     return model.eval()
 
 

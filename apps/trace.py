@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ def linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) ->
     return 2 * x.numel() * weight[0]
 
 
+def byte_flops(rows: torch.Size, *others: object, **_: object) -> int:
+    """Return the operations of `linear.multiply_bytes`, which counts both bytes of an activation.
+
+    rows [n, in]; the third of the others is the shape of the weight, [in, out].
+    """
+    weight = cast(torch.Size, others[2])
+    return 2 * rows.numel() * weight[1]
+
+
 # Kernels of PyTorch on the CPU that its counter does not know.
 KERNEL_FLOPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -58,6 +67,7 @@ KERNEL_FLOPS = {
 }
 if torch.backends.mkldnn.is_available():
     KERNEL_FLOPS[torch.ops.mkldnn._linear_pointwise] = linear_flops
+    KERNEL_FLOPS[torch.ops.onednn.qlinear_pointwise] = byte_flops
 
 
 @dataclass

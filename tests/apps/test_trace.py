@@ -8,8 +8,10 @@ import pytest
 import torch
 from example_batches import CASES, load_tiny, make_conversation, make_small_batch, make_video
 from helpers import SHAPES, our_model, random_weights, small_config
+from torch.utils.flop_counter import FlopCounterMode
 
 import command_line
+import linear
 from apps import trace as trace_module
 from apps.prompt_spans import split_prompt
 from apps.trace import format_count, format_trace, main, record, record_passes
@@ -87,6 +89,18 @@ def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
         assert flops_of(int4, "model.layers", n) == flops_of(plain, "model.layers", n)
         assert flops_of(int8, "lm_head", n) == 2 * 128 * 545
         assert flops_of(int4, "lm_head", n) == 2 * 128 * 560  # its kernel pads to groups of 16
+
+
+@pytest.mark.skipif(not linear.has_byte_matmul(), reason="needs AVX512_VNNI")
+def test_kernel_flops_count_both_bytes_of_an_activation():
+    plain = linear.Int8Linear(
+        torch.ones(48, 64, dtype=torch.int8), torch.ones(48, dtype=torch.bfloat16)
+    )
+    layer = linear.VnniInt8Linear(plain)
+    counter = FlopCounterMode(display=False, custom_mapping=trace_module.KERNEL_FLOPS)
+    with torch.no_grad(), counter:
+        layer(torch.ones(3, 64, dtype=torch.bfloat16))
+    assert counter.get_total_flops() == 2 * (2 * 3 * 64 * 48)
 
 
 @pytest.mark.slow
