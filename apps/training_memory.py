@@ -2,7 +2,9 @@
 
 A pass and its gradients run on the meta device, whose tensors have shapes and no values, while the
 bytes of those alive at once are counted: what the backward pass needs depends on the targets of
-LoRA, on the attention and on gradient checkpointing. Not counted: workspaces of kernels.
+LoRA, on the attention and on gradient checkpointing. Not counted: workspaces of kernels, and what
+glibc keeps of freed tensors below 32 MB: with 330 tokens and gradient checkpointing, at the widths
+of the 2B model in six layers, a process took 408 MB where 173 MB were alive.
 """
 
 from __future__ import annotations

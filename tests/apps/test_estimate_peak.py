@@ -44,7 +44,10 @@ class PrivatePeak(TorchDispatchMode):
         return output
 
 program = importlib.import_module(sys.argv[1])
-linear.prefer_pytorch_gemv()
+if sys.argv[1] == "apps.finetune":
+    import torch._dynamo  # 85 MB, which its optimizer imports
+else:
+    linear.prefer_pytorch_gemv()
 with PrivatePeak():
     torch.zeros(1)  # what the process holds before
     before = PrivatePeak.pages * os.sysconf("SC_PAGE_SIZE")
@@ -120,9 +123,9 @@ def quantize_decoder(source, target, pack, settings):
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def run_program(*arguments):
+def run_program(*arguments, settings=None):
     """Run Python in the repository as a user does, with one thread; return its stdout."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | (settings or {})
     process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         capture_output=True,
@@ -142,9 +145,10 @@ def estimated_peak(*options):
     return peak, peak - 1e6 * float(mapped.replace(",", ""))
 
 
-def measure(program, *options):
+def measure(program, *options, settings=None):
     """Return the bytes of a run: of its peak, of its private peak, and of those before it."""
-    lines = run_program("-c", MEASURE, program, "--quiet", *options).splitlines()
+    arguments = ["-c", MEASURE, program, "--quiet", *options]
+    lines = run_program(*arguments, settings=settings).splitlines()
     measured = json.loads(lines[-1])
     assert measured["code"] == 0
     return measured
@@ -231,9 +235,11 @@ def estimated_training(*options):
 TRAININGS = {
     "one": [],
     "checkpointing": ["--gradient-checkpointing"],
-    "padded batch": ["--batch-size", "2", "--attention", "eager"],
     "vision": ["--vision"],
 }
+# glibc otherwise keeps freed tensors below 32 MB where others in between are alive. With so few
+# tokens that can be more than what is alive: with checkpointing 408 MB instead of 174 (measured).
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 
 
 @pytest.mark.parametrize("case", TRAININGS)
@@ -246,9 +252,10 @@ def test_estimated_memory_of_a_training_is_near_the_measured_one(case, checkpoin
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(lines))
     options = ["--data", data, "--out", tmp_path / "out", "--model", checkpoint, "--device", "cpu"]
-    options += ["--min-pixels", "150000", "--accumulate", "1", *TRAININGS[case]]
+    options += ["--min-pixels", "150000", "--max-pixels", "300000", "--accumulate", "1"]
+    options += TRAININGS[case]
     estimated = estimated_training(*options)
-    measured = measure("apps.finetune", *options)
+    measured = measure("apps.finetune", "--no-memory-check", *options, settings=RETURN_FREED)
     training = measured["private"] - measured["before"]
     print(
         f"{case}: {training / 1e6:.0f} MB, estimated {estimated / 1e6:.0f} MB, "
