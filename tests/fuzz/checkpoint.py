@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import command_line
 from generate import GenerationConfig, generate_steps, new_token_limits
 from load_weights import save_model
+from memory import MemoryShortageError
 from qwen2vl import Config, Qwen2VL, VisionConfig
 
 NAME = "fuzzed-checkpoint"  # of its directory: every refusal names it
@@ -94,7 +95,10 @@ def ask(directory: Path) -> list[torch.Tensor]:
     Raises AssertionError for an answer that is chosen from logits that are not finite.
     """
     arguments = options(directory)
-    session = command_line.open_session(arguments)
+    try:
+        session = command_line.open_session(arguments)
+    except MemoryShortageError as error:  # sizes that are valid, and too large for this machine
+        raise ValueError(f"{directory}, config.json: {error}") from error
     config = GenerationConfig.from_model(session.model)
     new_token_limits(session.model, session.batch, None)  # checks what the checkpoint recommends
     decode = session.processor.tokenizer.decode
