@@ -15,7 +15,8 @@ parts for a while; then all topics return.
 Up to step 88,500 all images are of the framed style of scenes.py. From there on they are of the
 open style, except those of topics that begin with "framed-", and a number behind a topic does not
 change their size. Places come first again, from lone shapes, because the model had found them by
-the frame. Of all parts, a third remain lone shapes and videos.
+the frame. Lone shapes and videos, which only positions answer, are a third of the parts up to step
+93,000 and from step 100,000 on; between these, what had been forgotten is asked more often.
 """
 
 import math
@@ -140,6 +141,15 @@ TOPICS_FROM = {
         "framed-words which shapes boxes spots1 counts chat events describe framed-album words "
         "shapes framed-boxes framed-clip inside boxes counts words"
     ),
+    99_000: (
+        "boxes colors boxes1 shapes colors boxes words counts boxes2 colors framed-colors boxes "
+        "clip describe framed-boxes inside"
+    ),
+    100_000: (
+        "boxes1 boxes spots1 shapes words clip describe boxes1 counts spots1 inside events colors "
+        "boxes spots1 more framed-shapes clip1 words describe boxes1 album spots1 framed-boxes "
+        "chat framed-clip which shapes framed-words events boxes colors1"
+    ),
 }
 
 
@@ -263,7 +273,9 @@ LEGS = {  # from the step
     83_000: Leg(0.2, 85_500),
     85_500: Leg(0.2, 88_500),
     88_500: Leg(0.7, 93_000),
-    93_000: Leg(0.6, math.inf),
+    93_000: Leg(0.6, 99_000),
+    99_000: Leg(0.4, 100_000),
+    100_000: Leg(0.3, math.inf),
 }
 
 
