@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 import reprlib
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import hub
 from dequantize_formats import Format, parse_format
-from errors import printable
+from errors import naming, printable
 from json_files import has_file, read_json
 from packed_weights import Packing, parse_packing
 
@@ -212,7 +211,7 @@ def find_packing(folder: Path) -> Packing | None:
     if not settings or find_format(folder) is not None:
         return None
     if isinstance(settings, dict) and settings.get("quant_method") in ("awq", "gptq"):
-        with naming_settings(folder):
+        with naming(settings_name(folder)):
             return parse_packing(settings)
     raise ValueError(quantized_refusal(folder, quantization_method(settings), raw_config))
 
@@ -225,17 +224,13 @@ def find_format(folder: Path) -> Format | None:
     settings = quantization_settings(read_json(folder, "config.json"))
     if not isinstance(settings, dict):
         return None
-    with naming_settings(folder):
+    with naming(settings_name(folder)):
         return parse_format(settings)
 
 
-@contextmanager
-def naming_settings(folder: Path) -> Iterator[None]:
-    """Name config.json and its field in a ValueError of the block."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: quantization_config: {error}") from error
+def settings_name(folder: Path) -> str:
+    """Return how an error names the field of config.json about quantization."""
+    return f"{folder / 'config.json'}: quantization_config"
 
 
 def quantization_settings(raw_config: dict) -> object:

@@ -1,6 +1,8 @@
-"""One line about an exception of a foreign library, for a sentence that names its source."""
+"""One line about an exception, for a sentence that names its source."""
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 MAX_REASON = 300  # characters of a foreign message: some quote a whole response or file
 
@@ -25,6 +27,15 @@ def error_reason(error: BaseException) -> str:
     if isinstance(error, OSError | ValueError | SyntaxError) and text:
         return text
     return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Name the source in a ValueError of the block, which does not know it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def printable(name: str) -> str:

@@ -17,8 +17,7 @@ from __future__ import annotations
 import math
 import reprlib
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +36,7 @@ from config_fields import (
     field_problem,
 )
 from conversations import SOURCE_KEYS, content_kind, item_source, read_conversation
+from errors import naming
 from json_files import has_file, read_json, read_optional_json
 from media import DEFAULT_LIMITS, MediaLimits, load_image, open_media, source_name, to_rgb
 from tokenizer import IMAGE_PAD, VIDEO_PAD, VISION_START, Tokenizer
@@ -251,15 +251,6 @@ def load_video(
         )
     sampled = video.sample_file(media, name, decode_all=True, **choice)
     return resize_video(sampled, name, config, sizes)
-
-
-@contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Name the image or video in a ValueError of the block, which is about sizes or modes alone."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
 
 
 def resize_video(

@@ -134,10 +134,10 @@ def training_needs(
     if arguments.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
-    batches = [
-        encoder.batch(sorted(examples, key=measure)[-arguments.batch_size :], torch.device("cpu"))
-        for measure in (attrgetter("tokens"), attrgetter("answer_tokens"))
-    ]
+    longest = sorted(examples, key=attrgetter("tokens"))[-arguments.batch_size :]
+    most_said = sorted(examples, key=attrgetter("answer_tokens"))[-arguments.batch_size :]
+    groups = [longest] if most_said == longest else [longest, most_said]
+    batches = [encoder.batch(group, torch.device("cpu")) for group in groups]
     weights = memory.count_weights(run)
     private = {
         "weights": weights.private,
