@@ -53,6 +53,7 @@ INERT_FIELDS |= {"default_to_square", "disable_grouping"}
 SIZE_FIELDS = {"shortest_edge": "min_pixels", "longest_edge": "max_pixels"}
 SIZE_FIELDS |= {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
 
+LOOKED_UP = 256  # so many patches are normalized at once, so that they stay in the cache
 MAX_RESIZED_PIXELS = 2**28  # of one image or frame: ten times the tokens that the models take
 
 
@@ -272,13 +273,14 @@ def resize_video(
         if does_resize:
             resized = to_rgb(image).resize((width, height), resample=config.resample)
             frames[index] = np.asarray(resized)
-            continue
-        if display_size != size:
-            raise ValueError(f"do_resize is off, but the frames of {name} change their size")
-        if image.size != size:  # pixels that are not square
-            image = image.resize(size, resample=config.resample)
-        with naming(name):
-            frames[index] = resize(image, config)  # the sides must be multiples of the factor
+        else:
+            if display_size != size:
+                raise ValueError(f"do_resize is off, but the frames of {name} change their size")
+            if image.size != size:  # pixels that are not square
+                image = image.resize(size, resample=config.resample)
+            with naming(name):
+                frames[index] = resize(image, config)  # the sides must be multiples of the factor
+        del image  # before the next one is taken, while the one after it is decoded
     assert size is not None  # `frames_between` finds at least one frame
     return Clip(frames, sampled.timestamps, size)
 
@@ -396,6 +398,24 @@ def patchify(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]
     return patches.reshape(gt * gh * gw, 3 * tp * p * p), (gt, gh, gw)
 
 
+def frames_to_patches(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarray, Grid]:
+    """Return `patchify(normalize(frames))`, bit for bit, of frames uint8 [F, H, W, 3].
+
+    Each of the 256 levels of a channel is normalized once and then looked up, and what is moved
+    into patches are bytes: about four times as fast, in little more memory than the patches.
+    """
+    patches, grid = patchify(frames, config)
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1).repeat(3, axis=-1)
+    normalized = normalize(levels, config)[0, :, 0]  # float32 [256, 3]
+    by_channel = patches.reshape(len(patches), 3, -1)
+    values = np.empty(by_channel.shape, dtype=np.float32)
+    for start in range(0, len(patches), LOOKED_UP):
+        some = slice(start, start + LOOKED_UP)
+        for channel in range(3):
+            values[some, channel] = normalized[:, channel].take(by_channel[some, channel])
+    return values.reshape(patches.shape), grid
+
+
 def preprocess_frames(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
     """Return the frames of one video, or one image in a list, as patches float32 [N, 3*tp*p*p] and
     their grid.
@@ -406,7 +426,7 @@ def preprocess_frames(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray
         raise ValueError(
             f"a video needs frames of one size, but these have {sorted(sizes) or 'no frame at all'}"
         )
-    return patchify(normalize(np.stack(resized), config), config)
+    return frames_to_patches(np.stack(resized), config)
 
 
 def join(clips: Sequence[tuple[np.ndarray, Grid]]) -> tuple[np.ndarray, np.ndarray]:
@@ -642,7 +662,7 @@ class Processor:
         own = {name: item[name] for name in VIDEO_OPTIONS if item.get(name) is not None}
         if kind == "video":
             clip = load_video(source, config, self.limits, **(self.video_options | own))
-            patches, grid = patchify(normalize(clip.frames, config), config)
+            patches, grid = frames_to_patches(clip.frames, config)
             return Media(patches, grid, source_name(source), clip.size, clip.timestamps)
         return self._prepare_image(source, own)
 
@@ -670,7 +690,7 @@ class Processor:
                 check_resized(height, width)
                 image = to_rgb(image).resize((width, height), resample=config.resample)
             frames = resize(image, config)[None]  # [1, H, W, 3]
-        patches, grid = patchify(normalize(frames, config), config)
+        patches, grid = frames_to_patches(frames, config)
         return Media(patches, grid, name, size)
 
     def _expand(self, ids: list[int], pad: str, media: list[Media]) -> list[int]:

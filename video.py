@@ -27,7 +27,7 @@ integers, and not resized. `fps=1.0` comes close to it; its result, and that of 
 be passed as a video, see `given_frames`.
 
 `video_decode.py` reads the files. Only sampled frames are converted to RGB, and they are yielded
-one by one, so memory holds one frame in full and a few numbers for each frame of the video.
+one by one, so memory holds two frames in full and a few numbers for each frame of the video.
 """
 
 import math

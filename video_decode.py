@@ -154,7 +154,7 @@ class Stopped(Exception):
 
 
 class DecoderThread:
-    """Runs a generator in a daemon thread, an item at a time and only when it is asked for.
+    """Runs a generator in a daemon thread, an item at a time and only when it is requested.
 
     make: called with a function `step`, which the generator calls between any two calls of foreign
     code.
@@ -180,7 +180,7 @@ class DecoderThread:
                 if item is None:
                     break
                 self.results.put((item, None))
-                del item  # the caller's alone: only one frame in full is kept
+                del item  # the caller's alone
             items.close()  # closes the file
             self.results.put(None)
         except BaseException as error:  # also a panic of an extension; the calling thread raises it
@@ -191,9 +191,12 @@ class DecoderThread:
         if self.is_stopped:
             raise Stopped
 
-    def next_result(self) -> tuple[Any, BaseException | None] | None:
-        """Return the next result. Raise TimeoutError when there is no progress, or too little."""
+    def request(self) -> None:
+        """Let the thread make the next item."""
         self.requests.put(True)
+
+    def next_result(self) -> tuple[Any, BaseException | None] | None:
+        """Return what was requested. Raise TimeoutError when there is too little progress."""
         steps = self.steps
         stalled_at = time.monotonic() + STALL_SECONDS
         while True:
@@ -219,7 +222,10 @@ class DecoderThread:
 
 
 def in_thread(make: Callable, media: str | BinaryIO, name: str) -> Iterator:
-    """Yield what a generator yields in a thread of its own; its errors become one sentence."""
+    """Yield what a generator yields in a thread of its own; its errors become one sentence.
+
+    It makes the next item while the caller works on this one; so two exist at a time.
+    """
     if isinstance(media, str):
         try:
             check_regular_file(media)
@@ -233,10 +239,12 @@ def in_thread(make: Callable, media: str | BinaryIO, name: str) -> Iterator:
         media.seek(0)
     decoder = DecoderThread(make, name)
     try:
+        decoder.request()
         while (result := decoder.next_result()) is not None:
             item, error = result
             if error is not None:
                 raise one_sentence(error, name) from error
+            decoder.request()
             yield item
             del item, result  # the caller's alone
     finally:

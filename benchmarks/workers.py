@@ -256,12 +256,19 @@ def measure_finetune(job: dict) -> None:
     finetune.train(job)
 
 
+def measure_preprocessing(job: dict) -> None:
+    from benchmarks import long_videos
+
+    long_videos.measure_preprocessing(job)
+
+
 JOBS = {
     "cold": cold,
     "questions": questions,
     "ceilings": measure_ceilings,
     "llama": measure_llama,
     "finetune": measure_finetune,
+    "preprocessing": measure_preprocessing,
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from media import load_image, to_rgb
 from preprocess import (
     ImageConfig,
     Processor,
+    frames_to_patches,
+    normalize,
     patchify,
     preprocess_images,
     preprocess_videos,
@@ -264,6 +266,27 @@ def test_patchify_orders_patches_by_blocks(frames, gh, gw, tp, p, m):
     expected, expected_grid = patches_by_loops(numbered, tp, p, m)
     assert grid == expected_grid == (frames // tp, gh, gw)
     assert np.array_equal(patches, expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [0.1, 1.0, -2.0], "image_std": [3.0, 0.1, 1.0]},
+        {"patch_size": 4, "temporal_patch_size": 3, "merge_size": 7},
+    ],
+    ids=str,
+)
+def test_frames_to_patches_equals_normalizing_before(fields):
+    config = ImageConfig(**fields)
+    frames = draw_pixels(5 * 56, 224).reshape(5, 56, 224, 3)
+    frames[0, :8, :32] = np.arange(256).reshape(8, 32, 1)  # every level
+    patches, grid = frames_to_patches(frames, config)
+    expected, expected_grid = patchify(normalize(frames, config), config)
+    assert grid == expected_grid
+    assert_same_bits(patches, expected)
 
 
 def raw_config(**fields):

@@ -583,6 +583,24 @@ def blocked(monkeypatch):
     release.set()
 
 
+def test_in_thread_makes_one_item_ahead(tmp_path):
+    """The next frame is decoded while the caller resizes this one, and no frame after it."""
+    made = [threading.Event() for _ in range(4)]
+
+    def make(step):
+        for event in made:
+            event.set()
+            yield event
+
+    items = video_decode.in_thread(make, str(encode_nothing(tmp_path)), "x.mp4")
+    assert not made[0].is_set()
+    for index in range(3):
+        assert next(items) is made[index]
+        assert made[index + 1].wait(20), "it was to be made without being asked for"
+        assert not any(event.is_set() for event in made[index + 2 :])
+    items.close()
+
+
 def test_load_video_gives_up_a_decoder_that_hangs(tmp_path, blocked):
     path = encode(tmp_path / "x.mp4", draw_frames(4, 64, 48))
     with pytest.raises(TimeoutError, match=r"cannot read .*x\.mp4 as a video: a decoder made no"):
