@@ -27,7 +27,7 @@ import queue
 import threading
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -277,6 +277,7 @@ class OpenVideo:
     decoder: Any
     packet_count: int = 0  # that should give a frame
     last_pts: int | None = None  # of the last frame that was decoded
+    is_progressive: bool = False  # the last frame
     errors: int = 0  # packets that could not be read or decoded
     reason: str = ""  # of the last one
 
@@ -298,11 +299,16 @@ class OpenVideo:
                 return
             yield packet
 
-    def frames(self, step: Callable[[], None]) -> Iterator:
-        """Yield the decoded frames from here on; what cannot be decoded is counted and left out."""
+    def frames(self, step: Callable[[], None], wanted: Container[int] | None = None) -> Iterator:
+        """Yield the decoded frames from here on; what cannot be decoded is counted and left out.
+
+        wanted: timestamps. Other frames may then be left out, where that spares their decoding.
+        """
         codec = self.decoder.codec.canonical_name
         for packet in self.packets(step):
             self.packet_count += is_shown(packet, codec)
+            if codec == "h264" and wanted is not None:
+                self.skip_unless(packet.pts in wanted or packet.pts is None)
             yield from self.decode(packet)
         yield from self.decode(
             None
@@ -330,7 +336,18 @@ class OpenVideo:
             ):
                 continue  # after damage, some decoders return frames in the wrong order
             self.last_pts = frame.pts
+            self.is_progressive = not frame.interlaced_frame
             yield frame
+
+    def skip_unless(self, is_wanted: bool) -> None:
+        """Let the H.264 decoder skip its next frame, unless it is wanted or others refer to it.
+
+        That is about half of the frames of most encoders. Not where frames are interlaced, as a
+        packet may then hold one field of a frame; and not in H.265, which also marks those as
+        unreferenced that only frames of a higher temporal layer refer to.
+        """
+        may_skip = self.is_progressive and not is_wanted
+        self.decoder.skip_frame = "NONREF" if may_skip else "DEFAULT"
 
     def count_error(self, reason: str) -> None:
         self.errors += 1
@@ -512,13 +529,14 @@ def sought_frames(
     key_pts = list(index.key_frames)
     key_numbers = [bisect_left(pts, key) for key in key_pts]
     seek_times = list(index.key_frames.values())
-    decoded = video.frames(step)
+    wanted_pts = {pts[target] for target in wanted}
+    decoded = video.frames(step, wanted_pts)
     position = -1  # the number of the last frame that was decoded
     for target in wanted:
         key = bisect_right(key_pts, pts[target]) - 1  # the latest at or before it
         if key >= 0 and key_numbers[key] > position + 1:  # else there is nothing to skip
             seek(video, seek_times[key])
-            decoded = video.frames(step)
+            decoded = video.frames(step, wanted_pts)
             position = -1
         frame = None
         while position < target:
@@ -544,6 +562,7 @@ def seek(video: OpenVideo, timestamp: int) -> None:
     if video.decoder.is_open:
         video.decoder.flush_buffers()
     video.last_pts = None
+    video.is_progressive = False
 
 
 def checked_number(frame: Any, pts: list[int], before: int) -> int:

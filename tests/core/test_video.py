@@ -371,8 +371,34 @@ def test_load_video_decodes_and_converts_only_what_it_samples(long_video, counte
     packet_pass, frame_pass = passes
     assert packet_pass.decoded == 0
     assert frame_pass.seeks == 4  # to 2, 6, 10 and 16 s
-    assert frame_pass.decoded == 11 + 15 + 19 + 3  # from each key frame on
+    assert 8 < frame_pass.decoded < 11 + 15 + 19 + 3  # from each key frame on, some B-frames not
     assert len(converted) == 4
+
+
+INTERLACED = "interlaced=1:bframes=2:b-adapt=0:keyint=20:scenecut=0"
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "decoded"),
+    [
+        # A B-frame in each group of three is no reference, none of the last group, 19 and 20.
+        ("libx264", {"x264-params": INTERLACED.replace("interlaced=1", "b-pyramid=0")}, None),
+        ("libx264", {"x264-params": INTERLACED}, 20),  # a packet may hold one of two fields
+        ("libx265", {"x265-params": "bframes=2:b-adapt=0:keyint=20:log-level=none"}, 20),
+    ],
+    ids=["progressive", "interlaced", "H.265"],
+)
+def test_load_video_skips_frames_that_no_other_refers_to(
+    codec, options, decoded, tmp_path, counted, no_warnings
+):
+    path = encode(tmp_path / "x.mp4", draw_frames(20, 64, 64), codec, 10, options=options)
+    passes, _ = counted
+    sampled = load_video(path, SMALL, nframes=2, resized_height=64, resized_width=64)
+    assert sampled.timestamps == pytest.approx([0.0, 1.9])
+    if decoded is None:
+        assert 6 < passes[1].decoded < 14
+    else:
+        assert passes[1].decoded == decoded
 
 
 def test_load_video_decodes_consecutive_frames_without_seeking(long_video, counted, no_warnings):
@@ -387,6 +413,10 @@ CODECS = [
     ("mp4", "libx264", {"g": "12", "bf": "3"}),
     ("mp4", "libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}),
     ("mp4", "libx264", {"g": "1"}),
+    ("mp4", "libx264", {"g": "20", "bf": "7", "x264-params": "b-pyramid=normal:b-adapt=2:ref=4"}),
+    ("mp4", "libx264", {"g": "12", "bf": "3", "x264-params": "interlaced=1"}),
+    ("ts", "libx264", {"g": "12", "bf": "3", "x264-params": "interlaced=1"}),
+    ("mp4", "libx265", {"g": "12", "x265-params": "bframes=4:temporal-layers=3:log-level=none"}),
     ("mp4", "mpeg4", {"g": "12", "bf": "2"}),
     ("mkv", "libx264", {"g": "12", "bf": "3"}),
     ("mkv", "ffv1", {"g": "1"}),

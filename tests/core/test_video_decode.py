@@ -630,7 +630,7 @@ def test_load_video_gives_up_a_decoder_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(video_decode, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(video_decode, "DEADLINE_SECONDS", 0.03)
 
-    def frames(opened, step):
+    def frames(opened, step, wanted=None):
         while True:
             step()
             yield from ()
