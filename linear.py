@@ -28,7 +28,7 @@ from int4_layout import (
 from packed_weights import Grouping, Packing, Unpacked, dequantize
 
 MANY_ROWS = 16  # so many rows make up for the time that upcasting a weight takes
-FEW_ROWS = 8  # so many, where oneDNN has no kernel for the dtype
+FEW_ROWS = 5  # so many, where oneDNN has no kernel for the dtype
 # So many make up for dequantizing (measured in benchmarks/README.md): of 8 bits where bfloat16 has
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32

@@ -82,7 +82,9 @@ def llama_jobs(options: argparse.Namespace, task: dict, common: dict, config: Co
     ids = make_batch(config, task["rows"]).input_ids[0].tolist()
     jobs = []
     for form in dict.fromkeys(peer_of("llama", dtype)[1] for dtype in options.dtypes):
-        gguf = llama.find_gguf(Path(common["checkpoint"]), form, cache_folder())
+        gguf = llama.find_gguf(
+            Path(common["checkpoint"]), form, cache_folder(), options.llama_python
+        )
         job = {
             "kind": "llama",
             "side": "llama.cpp",

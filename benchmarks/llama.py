@@ -30,7 +30,18 @@ if TYPE_CHECKING:
 
     from qwen2vl import Config
 
-FORMATS = ("F16", "Q8_0")
+FORMATS = ("F16", "Q8_0")  # that `write_gguf` writes
+QUANTIZE = """
+import sys
+
+import llama_cpp
+
+source, target, form = sys.argv[1:]
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{form}")
+error = llama_cpp.llama_model_quantize(source.encode(), target.encode(), settings)
+sys.exit(f"llama_model_quantize ended with {error}" if error else 0)
+"""
 VERSIONS = {"gguf": "0.19.0", "llama-cpp-python": "0.3.36"}
 
 
@@ -53,10 +64,11 @@ def obstacle(python: str) -> str | None:
     return f"the section llama needs llama-cpp-python in {python} ({errors[-1]}): {install}"
 
 
-def find_gguf(checkpoint: Path, form: str, cache: Path) -> Path:
+def find_gguf(checkpoint: Path, form: str, cache: Path, python: str = sys.executable) -> Path:
     """Return the decoder of a checkpoint as GGUF, written on first use into the directory `cache`.
 
-    form: "F16" or "Q8_0". Other weights in the checkpoint's directory make another file.
+    form: one of FORMATS, or one such as "Q4_K_M" that llama.cpp itself makes of F16, with the
+    interpreter `python`. Other weights in the checkpoint's directory make another file.
     """
     from load_weights import weight_files
 
@@ -69,9 +81,23 @@ def find_gguf(checkpoint: Path, form: str, cache: Path) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         print(f"writing the decoder for llama.cpp once: {path}", file=sys.stderr, flush=True)
         unfinished = path.with_suffix(".unfinished")
-        write_gguf(checkpoint, form, unfinished)
+        if form in FORMATS:
+            write_gguf(checkpoint, form, unfinished)
+        else:
+            quantize_gguf(find_gguf(checkpoint, "F16", cache), form, unfinished, python)
         unfinished.rename(path)
     return path
+
+
+def quantize_gguf(source: Path, form: str, path: Path, python: str) -> None:
+    """Write an F16 file in another format, as llama.cpp rounds it.
+
+    Raises RuntimeError with the end of llama.cpp's errors, if it fails.
+    """
+    command = [python, "-c", QUANTIZE, str(source), str(path), form]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"llama.cpp cannot write {form}:\n{process.stderr[-2000:]}")
 
 
 def check_config(checkpoint: Path, config: Config) -> None:

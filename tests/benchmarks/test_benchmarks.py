@@ -405,6 +405,7 @@ def test_summarize_compares_with_the_best_dtype_of_the_peer():
 def test_summarize_compares_quantized_weights_and_llama_cpp():
     seconds = {("ours", "bfloat16"): 6.0, ("ours", "int8"): 4.0, ("ours", "int4"): 3.0}
     seconds |= {("llama.cpp", "F16"): 9.0, ("llama.cpp", "Q8_0"): 2.0}
+    seconds |= {("llama.cpp", "Q4_K_M"): 1.5}
     records = [
         make_record(*one, task="llama", steps=[s], first_token=s) for one, s in seconds.items()
     ]
@@ -420,14 +421,14 @@ def test_summarize_compares_quantized_weights_and_llama_cpp():
     assert [row["peer"] for row in decode.values()] == [
         "llama.cpp F16",
         "llama.cpp Q8_0",
-        "llama.cpp Q8_0",
+        "llama.cpp Q4_K_M",
     ]
-    assert [row["ratio"] for row in decode.values()] == [1.5, 0.5, 2 / 3]
+    assert [row["ratio"] for row in decode.values()] == [1.5, 0.5, 0.5]
     assert [row["ratio_to_our_bfloat16"] for row in decode.values()] == [1.0, 1.5, 2.0]
     for dtype, size, theirs in (
         ("bfloat16", 2, 2),
         ("int8", 1, 34 / 32),
-        ("int4", 10 / 16, 34 / 32),
+        ("int4", 10 / 16, 0.634),
     ):
         least = [
             checkpoint.decoder_work(config, 1, 1, 768 + 16, each)[1] / 50e9
@@ -572,7 +573,7 @@ def test_load_options_keeps_the_rest_of_a_quantized_model_in_bfloat16():
 
 def test_question_jobs_ask_each_side_what_it_computes(tiny_config, monkeypatch, tmp_path):
     monkeypatch.setattr(llama, "obstacle", lambda python: None)
-    monkeypatch.setattr(llama, "find_gguf", lambda checkpoint, form, cache: tmp_path / form)
+    monkeypatch.setattr(llama, "find_gguf", lambda checkpoint, form, cache, python: tmp_path / form)
     sections = ["image", "video", "llama"]
     options = compare.parse_arguments(
         [
@@ -697,6 +698,27 @@ def test_find_gguf_writes_once_per_set_of_weights_and_never_half(tmp_path, monke
     assert not any(name.endswith(".gguf") for name in written)  # the name comes when it is whole
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_find_gguf_lets_llama_cpp_make_formats_of_f16(fails, tmp_path, monkeypatch):
+    """Its interpreter is replaced by a program that writes down its arguments."""
+    monkeypatch.setattr(llama, "write_gguf", lambda checkpoint, form, path: path.write_text(form))
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("one")
+    python = tmp_path / "python"
+    end = "echo no such format >&2; exit 1" if fails else 'echo "$3 $5" > "$4"'
+    python.write_text(f"#!/bin/sh\n{end}\n")
+    python.chmod(0o755)
+    if fails:
+        with pytest.raises(RuntimeError, match=r"llama\.cpp cannot write Q4_K_M:\nno such format"):
+            llama.find_gguf(folder, "Q4_K_M", tmp_path, str(python))
+        assert not list(tmp_path.glob("*Q4_K_M.gguf"))
+        return
+    path = llama.find_gguf(folder, "Q4_K_M", tmp_path, str(python))
+    source = llama.find_gguf(folder, "F16", tmp_path)
+    assert path.read_text() == f"{source} Q4_K_M\n"
+
+
 def test_compare_llama_cpp_has_our_logits(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="the package gguf is not installed")
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -704,10 +726,11 @@ def test_compare_llama_cpp_has_our_logits(tmp_path, monkeypatch):
     out = tmp_path / "tiny.json"
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(io.StringIO()):
-        compare.main(run_options(out, ["float32", "int8"], ["llama"]))
+        compare.main(run_options(out, ["float32", "int8", "int4"], ["llama"]))
     logits = json.loads(out.read_text(encoding="utf-8"))["logits"]
     assert logits["llama F16"]["cosine"] > 0.99999  # a wrong RoPE, norm or permutation is far below
     assert logits["llama Q8_0"]["cosine"] > 0.999
+    assert logits["llama Q4_K_M"]["cosine"] > 0.97
     assert "| text only: decode | int8 |" in shown.getvalue()
     assert "llama.cpp: llama-cpp-python" in shown.getvalue()
 
