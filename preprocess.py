@@ -404,16 +404,26 @@ def frames_to_patches(frames: np.ndarray, config: ImageConfig) -> tuple[np.ndarr
     Each of the 256 levels of a channel is normalized once and then looked up, and what is moved
     into patches are bytes: about four times as fast, in little more memory than the patches.
     """
-    patches, grid = patchify(frames, config)
     levels = np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1).repeat(3, axis=-1)
     normalized = normalize(levels, config)[0, :, 0]  # float32 [256, 3]
+    tp = config.temporal_patch_size
+    starts = range(0, len(frames), tp)
+    for index, start in enumerate(starts):
+        patches, (_, gh, gw) = patchify(frames[start : start + tp], config)
+        if index == 0:
+            values = np.empty((len(starts), *patches.shape), dtype=np.float32)
+        look_up(patches, normalized, values[index])
+    return values.reshape(-1, values.shape[-1]), (len(starts), gh, gw)
+
+
+def look_up(patches: np.ndarray, levels: np.ndarray, values: np.ndarray) -> None:
+    """Write levels, float32 [256, 3], of the patches, uint8 [n, 3*tp*p*p], into the values."""
     by_channel = patches.reshape(len(patches), 3, -1)
-    values = np.empty(by_channel.shape, dtype=np.float32)
+    found = values.reshape(by_channel.shape)
     for start in range(0, len(patches), LOOKED_UP):
         some = slice(start, start + LOOKED_UP)
         for channel in range(3):
-            values[some, channel] = normalized[:, channel].take(by_channel[some, channel])
-    return values.reshape(patches.shape), grid
+            found[some, channel] = levels[:, channel].take(by_channel[some, channel])
 
 
 def preprocess_frames(frames: Sequence, config: ImageConfig) -> tuple[np.ndarray, Grid]:
