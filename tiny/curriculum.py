@@ -146,9 +146,10 @@ TOPICS_FROM = {
         "clip describe framed-boxes inside"
     ),
     100_000: (
-        "boxes1 boxes spots1 shapes words clip describe boxes1 counts spots1 inside events colors "
-        "boxes spots1 more framed-shapes clip1 words describe boxes1 album spots1 framed-boxes "
-        "chat framed-clip which shapes framed-words events boxes colors1"
+        "boxes1 inside spots1 shapes words clip describe boxes counts spots1 inside events "
+        "boxes1 describe which framed-shapes clip words shapes boxes album spots1 inside2 "
+        "framed-boxes events counts more framed-clip boxes spots1 chat words clip framed-shapes "
+        "describe boxes1 framed-words inside colors events counts boxes"
     ),
 }
 
@@ -275,7 +276,8 @@ LEGS = {  # from the step
     88_500: Leg(0.7, 93_000),
     93_000: Leg(0.6, 99_000),
     99_000: Leg(0.4, 100_000),
-    100_000: Leg(0.3, math.inf),
+    100_000: Leg(0.6, 106_000),
+    106_000: Leg(0.6, math.inf),
 }
 
 

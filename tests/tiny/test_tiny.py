@@ -861,6 +861,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
         92_999,
         98_999,
         99_999,
+        105_999,
         steps - 1,
     )
     for last in ends:
