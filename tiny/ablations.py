@@ -17,6 +17,9 @@ With `--from-scratch` each variant starts from random weights instead and trains
 samples of the curriculum: small images of one size, with the kinds, colors and places of shapes.
 What it answers at the end could be learned without the part.
 
+With `--steps 0` nothing is trained, and each variant is the model of `tiny/open` without the part:
+what it no longer answers was learned with it.
+
 A variant is a subclass of `Variant` that builds another model or edits the messages.
 """
 
@@ -279,14 +282,17 @@ def load_variant(variant: Variant, folder: Path) -> Qwen2VL:
 
 
 def run_variant(variant: Variant, start: Start, run: Path, args, train_options: list[str]) -> None:
-    """Train a variant and write RUN/score.json."""
-    recipe = train.Recipe(
-        start.curriculum, variant.to_messages, variant.build_model, start.initialize
-    )
-    checkpoint = run / "checkpoint"
-    options = ["--folder", str(checkpoint), "--run", str(run), "--steps", str(args.steps)]
-    options += ["--items", "0", "--processes", "1", "--lr", start.lr]
-    train.main(options + train_options, recipe)
+    """Train a variant, unless args.steps is 0, and write RUN/score.json."""
+    checkpoint = args.checkpoint
+    if args.steps:
+        recipe = train.Recipe(
+            start.curriculum, variant.to_messages, variant.build_model, start.initialize
+        )
+        checkpoint = run / "checkpoint"
+        options = ["--folder", str(checkpoint), "--run", str(run), "--steps", str(args.steps)]
+        options += ["--items", "0", "--processes", "1", "--lr", start.lr]
+        train.main(options + train_options, recipe)
+    run.mkdir(parents=True, exist_ok=True)
     exam = replace(start.exam, to_messages=variant.to_messages)
     model = load_variant(variant, checkpoint)
     shares = score(model, Processor.from_pretrained(checkpoint), args.items, exam=exam)
@@ -327,10 +333,14 @@ def main(argv: list[str] | None = None) -> int:
         help="start from random weights, with the first samples",
     )
     add("--runs", type=Path, default=Path("runs/ablations"))
-    add("--steps", type=int, default=1000)
+    add("--steps", type=int, default=1000, help="of further training; 0: none")
     add("--items", type=int, default=500, help="questions of each skill for the score")
     args, train_options = parser.parse_known_args(argv)  # the others are for tiny.train, as --bf16
-    runs = args.runs / "from-scratch" if args.from_scratch else args.runs
+    if args.from_scratch and args.steps == 0:
+        parser.error("--from-scratch with --steps 0 would score random weights")
+    runs = args.runs
+    if args.from_scratch or args.steps == 0:
+        runs = args.runs / ("from-scratch" if args.from_scratch else "untrained")
     if args.variant == "table":
         print(table(runs))
         return 0

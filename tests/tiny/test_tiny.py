@@ -1191,6 +1191,32 @@ def test_ablation_starts_from_the_given_weights(tmp_path):
     assert list(shares) == SKILLS
 
 
+def test_ablation_of_no_steps_scores_the_checkpoint_without_the_part(tmp_path, monkeypatch, capsys):
+    scored = []
+
+    def note_score(model, processor, items, exam):
+        scored.append(model)
+        return {"where": 0.5}
+
+    monkeypatch.setattr(ablations, "score", note_score)
+    options = ["--steps", "0", "--runs", str(tmp_path)]
+    for name in ("none", "one-dimensional"):
+        assert ablations.main([name, *options, "--checkpoint", str(CHECKPOINT)]) == 0
+        assert sorted(path.name for path in (tmp_path / "untrained" / name).iterdir()) == [
+            "score.json"
+        ]
+    assert [type(model) for model in scored] == [Qwen2VL, ablations.OneDimensionalModel]
+    stored = stored_weights(CHECKPOINT)
+    for model in scored:
+        weights = model.state_dict()
+        assert all(torch.equal(weights[key], stored[key]) for key in stored)
+    assert ablations.main(["table", *options]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "| where | 50.0 % | +0.0 |"
+    with pytest.raises(SystemExit):
+        ablations.main(["none", *options, "--from-scratch"])
+    assert "would score random weights" in capsys.readouterr().err
+
+
 def test_ablation_trains_on_the_last_topics_at_once(folder):
     start = ablations.from_checkpoint(CHECKPOINT)
     last = CURRICULUM.topics_from[max(CURRICULUM.topics_from)]
