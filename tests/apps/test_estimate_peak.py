@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import command_line
+import linear
 from apps import finetune
 from apps.training_data import Encoder, read_examples
 from apps.training_memory import training_needs
@@ -242,6 +243,10 @@ TRAININGS = {
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
 
 
+@pytest.mark.skipif(
+    not linear.has_fast_half_matmul(torch.bfloat16),
+    reason="a step in bfloat16 takes minutes on a processor without instructions for it",
+)
 @pytest.mark.parametrize("case", TRAININGS)
 def test_estimated_memory_of_a_training_is_near_the_measured_one(case, checkpoint, tmp_path):
     image = {"type": "image", "image": str(ROOT / "examples" / "wide.png")}
