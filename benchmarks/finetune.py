@@ -41,7 +41,7 @@ from benchmarks.checkpoint import (
     write_random_weights,
 )
 from benchmarks.options import add_common_options, check_common_options
-from benchmarks.processes import Record, Say, run_quietly
+from benchmarks.processes import Record, Say, run_quietly, say_on_stderr
 from benchmarks.protocol import make_clock, report
 from load_weights import load_config, load_model
 from lora import DECODER_TARGETS, adapter_tensors, add_lora
@@ -341,10 +341,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     with tempfile.TemporaryDirectory() as temporary:
         if options.checkpoint is not None:
             folder = options.checkpoint
@@ -353,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
             write_random_weights(training_config(), folder)
         else:
             folder = find_checkpoint(options.shapes)
-        lines = measure(options, folder, say)
+        lines = measure(options, folder, say_on_stderr)
     for line in lines:
         print(json.dumps(line))
     print(table(lines))

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from benchmarks.options import add_common_options, check_common_options
-from benchmarks.processes import Record, Say, run_quietly
-from benchmarks.protocol import peak_bytes, report
+from benchmarks.options import add_process_options, check_common_options
+from benchmarks.processes import Record, Say, run_quietly, say_on_stderr
+from benchmarks.protocol import report, status_bytes
 from preprocess import ImageConfig, frames_to_patches, load_video
 
 RATE = 25
@@ -127,7 +127,7 @@ def measure_preprocessing(job: dict) -> None:
     """Preprocess one video; it runs in a process of its own (`benchmarks.workers`)."""
     preprocess = MAKE[job["side"]](job)
     preprocess(job["short"], SHORT)
-    memory_before = resident_bytes()
+    memory_before = status_bytes("VmRSS")
     start = time.monotonic()
     patches, grid = preprocess(job["video"], job["frames"])
     end = time.monotonic()
@@ -138,15 +138,8 @@ def measure_preprocessing(job: dict) -> None:
         end=end,
         grid=np.asarray(grid).tolist(),
         patch_bytes=patches.nbytes,
-        peak_bytes=peak_bytes("cpu") - memory_before,
+        peak_bytes=status_bytes("VmHWM") - memory_before,
     )
-
-
-def resident_bytes() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no VmRSS, the resident memory")
 
 
 # ------------------------------------------------------------------------------------------ measure
@@ -217,7 +210,7 @@ def table(lines: list[Line]) -> str:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add_common_options(parser, shapes="tiny")
+    add_process_options(parser)
     parser.add_argument(
         "--packages", type=Path, required=True, help="where the peers are installed"
     )
@@ -233,15 +226,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse_arguments(argv)
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_video(folder / "short.mp4", 2 * RATE)
         write_video(folder / "long.mp4", RATE * SECONDS)
-        lines = measure(options, folder, say)
+        lines = measure(options, folder, say_on_stderr)
     print(table(lines))
     return 0 if all(line.difference <= LARGEST_DIFFERENCE for line in lines) else 1
 

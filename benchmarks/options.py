@@ -22,6 +22,13 @@ def add_common_options(parser: argparse.ArgumentParser, shapes: str) -> None:
         metavar="DIRECTORY",
         help="a checkpoint of these shapes (default: a random one in the cache)",
     )
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add_process_options(parser)
+
+
+def add_process_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the measured processes: how many, their threads, how quiet the machine."""
+    add = parser.add_argument
     add(
         "--repetitions",
         type=int,
@@ -36,7 +43,6 @@ def add_common_options(parser: argparse.ArgumentParser, shapes: str) -> None:
         metavar="N",
         help="(default: all cores)",
     )
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add(
         "--busy",
         type=float,

@@ -20,6 +20,10 @@ Say = Callable[[str], None]
 Record = dict  # what a worker reported of one task, and the load meanwhile
 
 
+def say_on_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def read_weights(job: dict) -> None:
     """Read the files of a job's weights once, so that the disk is not measured."""
     files = []

@@ -41,7 +41,12 @@ def peak_bytes(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated(device)
+    return status_bytes("VmHWM")
+
+
+def status_bytes(field: str) -> int:
+    """Return what Linux counts of this process: VmRSS, resident memory, or VmHWM, its peak."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no VmHWM, the peak of resident memory")
+    raise ValueError(f"/proc/self/status has no {field}")
