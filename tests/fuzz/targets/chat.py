@@ -73,11 +73,11 @@ def run(data: bytes) -> None:
     data = b"".join(data.splitlines(keepends=True)[:MAX_LINES])
     stdin = io.TextIOWrapper(io.BytesIO(data), "utf-8", "surrogateescape")
     logger = logging.getLogger("qwen2vl")
-    logger.handlers = [Lines()]
-    logger.propagate = False
+    lines_alone = mock.patch.multiple(logger, handlers=[Lines()], propagate=False)
     chat = ConfinedChat(*model_and_processor(), max_new_tokens=3)
     output = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sys, "stdin", stdin):
+    given = mock.patch.object(sys, "stdin", stdin)
+    with lines_alone, given, tempfile.TemporaryDirectory() as folder:
         chat.folder = folder
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
             Console(chat, {"nframes": 2}).run()
