@@ -9,6 +9,7 @@ executed or sent anywhere), and an error shows at most a short value of it.
 import json
 import os
 import stat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,12 @@ def is_deeper_than(content: dict, limit: int) -> bool:
     """
     level: list[Any] = [content]
     for _ in range(limit):
-        inner: list[Any] = []
-        for container in level:
-            values = container.values() if type(container) is dict else container
-            inner += [value for value in values if type(value) is list or type(value) is dict]
-        if not inner:
+        values = chain.from_iterable(  # of a dict its values, not its keys
+            container.values() if type(container) is dict else container for container in level
+        )
+        level = [value for value in values if type(value) is list or type(value) is dict]
+        if not level:
             return False
-        level = inner
     return True
 
 
