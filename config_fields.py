@@ -63,7 +63,7 @@ def is_pixels(value: object) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """Return whether the value is a positive number."""
+    """Return whether the value is a 32-bit integer or a finite float above 0, and no boolean."""
     return is_number(value) and value > 0
 
 

@@ -35,6 +35,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from config_fields import is_positive
+
 # The fields of `rope_scaling` that each type reads.
 REQUIRED_FIELDS = {
     "linear": ("factor",),
@@ -380,12 +382,3 @@ def check_value(name: str, value: object, head_dim: int) -> None:
         )
     if not all(is_positive(item) for item in value):
         raise ValueError(f"rope_scaling: expected positive numbers in {name}, got {value!r:.80}")
-
-
-def is_positive(value: object) -> bool:
-    """Return whether the value is a 32-bit integer or a finite float above 0, and no boolean."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if isinstance(value, int):
-        return 0 < value < 2**31
-    return math.isfinite(value) and value > 0
