@@ -339,8 +339,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.from_scratch and args.steps == 0:
         parser.error("--from-scratch with --steps 0 would score random weights")
     runs = args.runs
-    if args.from_scratch or args.steps == 0:
-        runs = args.runs / ("from-scratch" if args.from_scratch else "untrained")
+    if args.from_scratch:
+        runs = runs / "from-scratch"
+    elif args.steps == 0:
+        runs = runs / "untrained"
     if args.variant == "table":
         print(table(runs))
         return 0
