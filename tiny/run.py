@@ -19,15 +19,15 @@ class Run:
     """A training, resumed from args.run/state.pt where there is one.
 
     Without it, the training starts at args.first_step with the weights of args.weights, if given,
-    and with empty moments of the optimizer.
+    and with empty moments of the optimizers.
     """
 
-    def __init__(self, model: Qwen2VL, optimizer: torch.optim.Optimizer, args):
+    def __init__(self, model: Qwen2VL, optimizers: list[torch.optim.Optimizer], args):
         self.model = model
-        self.optimizer = optimizer
+        self.optimizers = optimizers
         self.args = args
         self.state_file = args.run / "state.pt"
-        names = ("parts", "work", "lr", "seed")
+        names = ("parts", "work", "lr", "muon", "seed")
         self.settings = {name: getattr(args, name) for name in names}
         self.step = args.first_step  # steps that are done
         self.earlier_minutes = 0.0  # before the newest start
@@ -50,7 +50,8 @@ class Run:
                 "delete it to start from scratch"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
         self.step = state["step"]
         self.earlier_minutes = state["minutes"]
         self.history = state["history"]
@@ -60,7 +61,7 @@ class Run:
         state = {
             "settings": self.settings,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,
             "minutes": self.minutes(),
             "history": self.history,

@@ -29,9 +29,13 @@ from qwen2vl import Config, Qwen2VL
 from tiny.batches import Batches
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum, learning_rate
 from tiny.folder import make_config, make_tokenizer
+from tiny.muon import Muon, sum_over_processes
 from tiny.run import Run
 from tiny.scenes import QAPair, Sample, to_conversation
 from tiny.score import CHECKPOINT, table
+
+WEIGHT_DECAY = 0.05
+NOT_BY_MUON = ("embed_tokens.weight", "merger.mlp.0.weight")
 
 
 @torch.no_grad()
@@ -58,14 +62,30 @@ class Recipe:
     initialize: Callable[[Qwen2VL], None] = initialize
 
 
-def make_optimizer(model: Qwen2VL) -> torch.optim.AdamW:
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim == 1]
+def make_optimizers(model: Qwen2VL, rank: int, args) -> list[torch.optim.Optimizer]:
+    """Return AdamW for all weights, or with --muon, Muon for most matrices and AdamW for the rest.
+
+    The embeddings are rows that are looked up one by one, not a matrix. That of the merger, 640 by
+    640, would take Muon as long as all others together.
+    """
+    by_muon = []
+    matrices = []
+    vectors = []
+    for name, weight in model.named_parameters():
+        if weight.ndim == 1:
+            vectors.append(weight)
+        elif args.muon and weight.ndim == 2 and not name.endswith(NOT_BY_MUON):
+            by_muon.append(weight)
+        else:
+            matrices.append(weight)
     groups = [
-        {"params": matrices, "weight_decay": 0.05},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    if not args.muon:
+        return [adamw]
+    return [adamw, Muon(by_muon, WEIGHT_DECAY, rank, args.processes)]
 
 
 def part_loss(model: Qwen2VL, batch: dict[str, Tensor], bf16: bool) -> Tensor:
@@ -92,17 +112,6 @@ def compute_gradients(model: Qwen2VL, batches: Batches, step: int, rank: int, ar
         entry = torch.tensor([loss.item(), 1, len(batch["input_ids"])], device=args.device)
         statistics[:, list(TOPICS).index(topic)] += entry
     return statistics
-
-
-def sum_over_processes(weights: list[Tensor], statistics: Tensor) -> Tensor:
-    """Replace gradients by their sums over all processes; return the sum of the statistics."""
-    gradients = [weight.grad.flatten() for weight in weights]
-    total = torch.cat([statistics.flatten(), *gradients])
-    dist.all_reduce(total)
-    sums = total.split([statistics.numel(), *(weight.numel() for weight in weights)])
-    for weight, gradient in zip(weights, sums[1:], strict=True):
-        weight.grad = gradient.view_as(weight)
-    return sums[0].view_as(statistics)
 
 
 def make_model(args, config: Config, recipe: Recipe) -> Qwen2VL:
@@ -134,22 +143,24 @@ def train(rank: int, args, config: Config, recipe: Recipe) -> None:
     torch.set_num_threads(1)
     model = make_model(args, config, recipe)
     weights = list(model.parameters())
-    optimizer = make_optimizer(model)
-    run = Run(model, optimizer, args)
+    optimizers = make_optimizers(model, rank, args)
+    run = Run(model, optimizers, args)
     if args.processes > 1:
         join_processes(rank, args)
 
     batches = Batches(args.folder, args.parts, args.work, recipe.curriculum, recipe.to_messages)
     for step in range(run.step, args.steps):
         rate = learning_rate(step, args.steps, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
         statistics = compute_gradients(model, batches, step, rank, args)
         if args.processes > 1:
-            statistics = sum_over_processes(weights, statistics)
+            sum_over_processes([statistics, *(weight.grad for weight in weights)])
         nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         if rank == 0:
             run.finish_step(step + 1, statistics)
     if rank == 0:
@@ -167,6 +178,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--parts", type=int, default=6, help="parts of a step, each of one topic")
     add("--work", type=int, default=800, help="size of a part, in patches")
     add("--lr", type=float, default=7e-4)
+    add("--muon", action="store_true", help="Muon for most matrices; --lr means the same")
     add("--seed", type=int, default=0, help="of the initial weights")
     cores = os.cpu_count() or 1
     add("--processes", type=int, default=min(6, cores), help="one per core")

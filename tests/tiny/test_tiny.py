@@ -947,8 +947,9 @@ def stored_weights(folder):
         return {key: file.get_tensor(key) for key in file.keys()}
 
 
-def test_train_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
-    whole = run_training(tmp_path, "whole")
+@pytest.mark.parametrize("optimizer", [[], ["--muon"]], ids=["adamw", "muon"])
+def test_train_resumes_to_the_same_weights(optimizer, tmp_path, monkeypatch, capsys):
+    whole = run_training(tmp_path, "whole", *optimizer)
     assert "| describe | 0.0 % |" in capsys.readouterr().out
 
     steps = []
@@ -961,14 +962,14 @@ def test_train_resumes_to_the_same_weights(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "learning_rate", stop_at_step_4)
     with pytest.raises(KeyboardInterrupt):
-        run_training(tmp_path, "stopped")
-    resumed = run_training(tmp_path, "stopped")
+        run_training(tmp_path, "stopped", *optimizer)
+    resumed = run_training(tmp_path, "stopped", *optimizer)
     assert steps == [0, 1, 2, 3, 4, 3, 4, 5], "the state was saved after three steps"
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
     with pytest.raises(SystemExit, match="delete it"):
-        run_training(tmp_path, "stopped", "--lr", 1e-4)
+        run_training(tmp_path, "stopped", "--lr", 1e-4, *optimizer)
 
 
 def test_train_continues_from_weights_and_takes_more_steps(tmp_path, capsys):
@@ -1000,12 +1001,13 @@ def test_run_keeps_the_previous_state_if_saving_fails(tmp_path, monkeypatch):
     assert (tmp_path / "first" / "run" / "state.pt").read_bytes() == state
 
 
-def test_train_shares_the_parts_among_processes(tmp_path):
-    shared = run_training(tmp_path, "shared", processes=2)
+@pytest.mark.parametrize("optimizer", [[], ["--muon"]], ids=["adamw", "muon"])
+def test_train_shares_its_work_among_processes(optimizer, tmp_path):
+    shared = run_training(tmp_path, "shared", *optimizer, processes=2)
+    alone = run_training(tmp_path, "alone", *optimizer)
+    for name in ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"):
+        assert torch.allclose(shared[name], alone[name], atol=0.02), "summed in another order"
     assert all(weight.isfinite().all() for weight in shared.values())
-    alone = run_training(tmp_path, "alone")
-    name = "model.embed_tokens.weight"
-    assert torch.allclose(shared[name], alone[name], atol=0.02), "summed in another order"
 
 
 # ---------------------------------------------------------------------------------------- ablations
