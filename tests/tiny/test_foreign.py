@@ -39,7 +39,7 @@ SEEDS = range(IMAGES)
 
 # The least share of all questions that the weights trained on open drawings answer correctly. The
 # aim is 0.95; this is just below what they reach (python -m tests.tiny.foreign_drawings tiny/open).
-LEAST = 0.92
+LEAST = 0.93
 
 
 def painted(scene: Scene, shape: Shape) -> np.ndarray:
