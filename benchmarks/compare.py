@@ -156,10 +156,12 @@ def measure(options: argparse.Namespace, folder: Path, say: Say) -> dict:
         read_imports(options, common)
     with tempfile.TemporaryDirectory() as logits:
         jobs = question_jobs(options, chosen, common | {"logits": logits}, config)
+        first = []
+        if jobs:  # a cold start has no ceiling to be compared with
+            first = [ceilings_job(options, config, questions["image"])]
         if "cold" in options.sections:
             jobs += cold_jobs(options, common)
-        ceilings = ceilings_job(options, config, questions["image"])
-        for repetition, job in schedule(ceilings, jobs, options.repetitions):
+        for repetition, job in schedule(first, jobs, options.repetitions):
             if not deadline.allows(job):
                 say(f"--minutes {options.minutes:g} are nearly over: {job_name(job)} is skipped")
                 continue
@@ -171,12 +173,11 @@ def measure(options: argparse.Namespace, folder: Path, say: Say) -> dict:
     return results
 
 
-def schedule(ceilings: dict, jobs: list[dict], repetitions: int) -> Iterator[tuple[int, dict]]:
-    """Yield (repetition, job): the ceilings first, then the jobs, every second time in reverse."""
+def schedule(first: list[dict], jobs: list[dict], repetitions: int) -> Iterator[tuple[int, dict]]:
+    """Yield (repetition, job): the first ones, then the jobs, every second time in reverse."""
     for repetition in range(repetitions):
-        yield repetition, ceilings
         in_turn = jobs if repetition % 2 == 0 else jobs[::-1]
-        for job in in_turn:
+        for job in [*first, *in_turn]:
             yield repetition, job
 
 

@@ -755,6 +755,26 @@ def run(tmp_path_factory):
     return json.loads(out.read_text(encoding="utf-8")), stdout.getvalue(), stderr.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [(["cold"], {"cold"}), (["image", "cold"], {"ceilings", "questions", "cold"})],
+)
+def test_compare_measures_the_machine_only_for_what_has_a_ceiling(
+    sections, expected, tmp_path, monkeypatch
+):
+    kinds = []
+
+    def note(job, options, say):
+        kinds.append(job["kind"])
+        return []
+
+    monkeypatch.setattr(compare, "run_quietly", note)
+    monkeypatch.setattr(compare, "read_imports", lambda options, common: None)
+    compare.main(run_options(tmp_path / "tiny.json", ["float32"], sections))
+    assert set(kinds) == expected
+    assert "ceilings" not in kinds[1:]
+
+
 METRICS = [
     "vision encoder",
     "prefill",
