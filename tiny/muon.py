@@ -18,7 +18,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     """Return U Vᵀ, roughly, for a matrix U S Vᵀ, float32 [rows, columns].
 
     Five times s → 3.4445 s - 4.775 s³ + 2.0315 s⁵ for all singular values s, which needs nothing
-    but matmuls. It ends between 0.68 and 1.13 for whatever was above 0.01 of the Frobenius norm.
+    but matmuls. It ends between 0.68 and 1.14 for whatever was above 0.01 of the Frobenius norm.
     """
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # the smaller of both X Xᵀ
     x = wide / (wide.norm() + 1e-7)  # all singular values are 1 at most
@@ -32,8 +32,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices whose gradients are the same in all processes.
 
-    Each of the processes orthogonalizes a share of the matrices, as that takes as long as a fourth
-    of the gradients.
+    Each of the processes orthogonalizes a share of the matrices: all of them would take a fourth of
+    the time that one of two processes needs for its gradients.
     """
 
     def __init__(self, matrices: list[Tensor], weight_decay: float, rank: int, processes: int):
