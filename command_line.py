@@ -635,13 +635,13 @@ def describe_model(arguments: argparse.Namespace, model: Qwen2VL, seconds: float
     """Return what was loaded, and how long it took."""
     weight = model.model.norm.weight
     dtype = str(weight.dtype).removeprefix("torch.")
-    parameters = list(model.parameters())
     methods = linear.quantization_methods(model)
     if methods:
-        size = f"{sum(p.nbytes for p in parameters) / 1e6:,.1f} MB"
+        stored = sum(p.nbytes for p in model.parameters()) + linear.packed_weights(model)
+        size = f"{stored / 1e6:,.1f} MB"
         dtype += f", the decoder {' and '.join(methods)}"
     else:
-        size = f"{sum(p.numel() for p in parameters) / 1e6:,.1f} M parameters"
+        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"
     name = arguments.model or "the bundled tiny model, which knows nothing but drawn shapes"
     if arguments.adapter:
         noun = "adapter" if len(arguments.adapter) == 1 else "adapters"

@@ -10,14 +10,15 @@ Shapes: rows, all dimensions but the last of x together;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from functools import cache
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from byte_matmul import ByteKernel, byte_kernel
 from int4_layout import (
     block_ranges,
     pack_for_kernel,
@@ -33,10 +34,7 @@ FEW_ROWS = 5  # so many, where oneDNN has no kernel for the dtype
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32
 MANY_INT4_ROWS = 128
-BYTES_LARGEST = 32639  # 127 · 256 + 127: the largest number of two signed bytes
-OUTLIER = 10  # times the mean size of a row: beside one so large, bytes lose the others
-BYTE_WEIGHTS = 2**20  # smaller layers take less time than splitting activations into bytes
-BYTE_ROWS = 256  # so many are split into bytes at once, so that they stay in the cache
+BYTE_ROWS = 256  # so many are split at once, so that they stay in the cache
 # Outputs that are in the cache while a layer is quantized to 4 bits; whole blocks of the kernel.
 INT4_QUANTIZED = 256
 
@@ -300,62 +298,22 @@ class Int8Linear(QuantizedLinear):
         return y
 
 
-@cache
-def has_byte_matmul() -> bool:
-    """Return whether oneDNN multiplies bytes exactly on this processor: with AVX512_VNNI.
+class ByteInt8Linear(QuantizedLinear):
+    """An `Int8Linear` whose activations are rounded to digits of a byte, in steps of their row.
 
-    Without these instructions it adds two products in 16 bits, which saturates. A product is
-    computed to find out, as oneDNN may be held to fewer instructions than the processor has.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()):
-        return False
-    weight = torch.full((64, 64), 127, dtype=torch.int8)
-    rows = torch.full((1, 64), 255, dtype=torch.uint8)
-    products = multiply_bytes(rows, pack_bytes(weight), torch.ones(64))
-    return bool((products == 64 * 127 * 127).all())
-
-
-def pack_bytes(weight: Tensor) -> Tensor:
-    """Return int8 [out, in] as oneDNN's matmul reads it: an opaque tensor of shape [in, out]."""
-    return torch.ops.onednn.qlinear_prepack(weight, None)
-
-
-def multiply_bytes(rows: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return (rows - 128) · weight · scale: float32 [n, out].
-
-    rows: uint8 [n, in]; weight: of `pack_bytes`; scale: float32 [out]. The sums of the products
-    are exact. (With signed rows oneDNN has no fast kernel on AMD's processors.)
-    """
-    no_zeros = torch.zeros_like(scale, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(
-        rows, 1.0, 128, weight, scale, no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-def split_bytes(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x [n, in] in steps [n, 1], two bytes for a number: uint8 [n, in], high and low ones.
-
-    x = ((high - 128) · 256 + low - 128) · step, within half a step.
-    """
-    numbers = (x / step + (128 * 257 + 0.5)).to(torch.int32)  # positive, so this rounds
-    return (numbers >> 8).to(torch.uint8), numbers.to(torch.uint8)
-
-
-class VnniInt8Linear(QuantizedLinear):
-    """An `Int8Linear` whose activations are rounded to bytes as well, in steps of each row's own.
-
-    Two bytes for an activation are two products with a weight that is read once; they are as exact
-    as bfloat16 activations. Of many rows, those without outliers are multiplied by one byte, which
-    takes half as long: beside an outlier, one byte has few digits left for other activations.
-    For processors with `has_byte_matmul`. Source: arXiv 2208.07339 §2, for scales of rows.
+    Two digits are about as exact as bfloat16 activations. Of many rows, oneDNN multiplies those
+    without outliers by their high digits alone, which takes half as long: beside an outlier, one
+    digit leaves little of the other activations. For processors with a `byte_kernel`.
+    Source: arXiv 2208.07339 §2, for scales of rows.
     """
 
-    def __init__(self, layer: Int8Linear):
+    def __init__(self, layer: Int8Linear, kernel: ByteKernel):
         """Take the place of a layer; its weight is not kept."""
         super().__init__()
         self.in_features = layer.in_features
         self.out_features = layer.out_features
-        self.weight = frozen(pack_bytes(layer.weight))
+        self.kernel = kernel
+        self.packed = kernel.pack(layer.weight, layer.scale)
         self.scale = layer.scale
         self.bias = layer.bias
 
@@ -367,11 +325,11 @@ class VnniInt8Linear(QuantizedLinear):
 
     def plain(self) -> Int8Linear:
         """Return a layer as the one that this took the place of: the weight is the same."""
-        return Int8Linear(self.weight.to_dense().T.contiguous(), self.scale, self.bias)
+        return Int8Linear(self.kernel.unpack(self.packed), self.scale, self.bias)
 
     def __reduce__(self) -> tuple:
-        """For copies and pickles, which tensors in a layout of oneDNN's do not support."""
-        return VnniInt8Linear, (self.plain(),)
+        """For copies and pickles, which the kernels' own layouts do not support."""
+        return ByteInt8Linear, (self.plain(), self.kernel)
 
     def unpack_chunks(self) -> Iterator[Unpacked]:
         yield from self.plain().unpack_chunks()
@@ -382,34 +340,33 @@ class VnniInt8Linear(QuantizedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        y = x.new_empty(len(rows), self.out_features)
-        for part, outputs in zip(rows.split(BYTE_ROWS), y.split(BYTE_ROWS), strict=True):
-            outputs.copy_(self.multiply(part))
+        if len(rows) <= BYTE_ROWS:
+            y = self.multiply(rows).to(x.dtype)
+        else:
+            y = torch.cat([self.multiply(part).to(x.dtype) for part in rows.split(BYTE_ROWS)])
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
     def multiply(self, x: Tensor) -> Tensor:
         """Return x [n, in] times the weights: float32 [n, out]."""
-        count = len(x)
-        sizes = x.abs()
-        largest = sizes.amax(1, keepdim=True).float().clamp_(min=1e-30)  # a row may be all zeros
-        step = largest / BYTES_LARGEST
-        high, low = split_bytes(x, step)
-        if count >= MANY_ROWS:
-            has_outliers = largest > OUTLIER * sizes.mean(1, keepdim=True)
-            rows = has_outliers.flatten().nonzero()[:, 0]
-            products = self.multiply_bytes(torch.cat((high, low[rows])))
-            sums = products[:count].mul_(256).index_add_(0, rows, products[count:])
+        x = x.float()
+        largest = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True)
+        step = largest.clamp_(min=1e-30).div_(self.kernel.largest)  # a row may be all zeros
+        high, low = self.kernel.split(x / step)
+        if len(x) < MANY_ROWS or self.kernel.outlier == 0:
+            products = self.multiply_digits(torch.cat((high, low)))
+            sums = torch.add(products[len(x) :], products[: len(x)], alpha=self.kernel.base)
         else:
-            # A large weight is read faster for four rows than for two (benchmarks/README.md).
-            parts = (high, low, high, low) if count == 1 else (high, low)
-            products = self.multiply_bytes(torch.cat(parts))
-            sums = products[:count].mul_(256).add_(products[count : 2 * count])
+            smallest_outlier = self.kernel.outlier * x.abs().mean(1, keepdim=True)
+            rows = (step * self.kernel.largest > smallest_outlier).flatten().nonzero()[:, 0]
+            products = self.multiply_digits(torch.cat((high, low[rows])))
+            sums = products[: len(x)].mul_(self.kernel.base)
+            sums.index_add_(0, rows, products[len(x) :])
         return sums.mul_(step)
 
-    def multiply_bytes(self, rows: Tensor) -> Tensor:
-        """Return uint8 rows [n, in], less 128, times the weights: float32 [n, out]."""
-        return multiply_bytes(rows, self.weight, self.scale.float())
+    def multiply_digits(self, digits: Tensor) -> Tensor:
+        """Return digits [n, in] times the weights: float32 [n, out]."""
+        return self.kernel.multiply(digits, self.packed, self.scale)
 
 
 class GroupedInt8Linear(QuantizedLinear):
@@ -765,14 +722,31 @@ def use_kernels(model: nn.Module, dtype: torch.dtype) -> None:
 def use_byte_kernel(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace each large `Int8Linear` where the CPU multiplies bytes, one after the other.
 
-    For the dtypes of 16 bits, as many rows are rounded to bytes.
+    For the dtypes of 16 bits, as activations are rounded to digits.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or not has_byte_matmul():
+    kernel = byte_kernel()
+    if kernel is None:
         return
-    for name in names_of(Int8Linear, model):
+    for name in layers_for_bytes(model, dtype, kernel):
         module = cast(Int8Linear, model.get_submodule(name))
-        if module.weight.numel() >= BYTE_WEIGHTS:
-            model.set_submodule(name, VnniInt8Linear(module))
+        model.set_submodule(name, ByteInt8Linear(module, kernel))
+
+
+def layers_for_bytes(model: nn.Module, dtype: torch.dtype, kernel: ByteKernel) -> dict[str, int]:
+    """Return the names of the layers that `use_byte_kernel` replaces, and their weights' bytes."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    names = names_of(Int8Linear, model)
+    sizes = {name: cast(Tensor, model.get_submodule(name).weight).nbytes for name in names}
+    return {name: size for name, size in sizes.items() if size >= kernel.least_weights}
+
+
+def packing_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Return what `use_byte_kernel` needs at most, beside the weights, while it packs them."""
+    kernel = byte_kernel()
+    if kernel is None:
+        return 0
+    return kernel.copies * max(layers_for_bytes(model, dtype, kernel).values(), default=0)
 
 
 def input_order(layer: PackedLinear) -> Tensor | None:
@@ -832,6 +806,15 @@ def int8_layer(layer: PackedLinear) -> Int8Linear | GroupedInt8Linear | None:
         return Int8Linear(weight, scales[0], layer.bias)
     weight = weight.unflatten(1, (-1, size)).transpose(0, 1).contiguous()
     return GroupedInt8Linear(weight, scales, layer.bias, order)
+
+
+def packed_weights(module: nn.Module) -> int:
+    """Return how many weights are in a kernel's own layout, a byte each.
+
+    They are in no parameter.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, ByteInt8Linear)]
+    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def quantization_methods(model: nn.Module) -> list[str]:

@@ -208,6 +208,15 @@ def quantize(run: Run, model: Qwen2VL) -> None:
         linear.quantize_linears(model if run.quantize_head else model.model, run.quantize)
 
 
+def packing_bytes(run: Run) -> int:
+    """Return what loading needs beside the weights while it packs them for a matmul of bytes."""
+    if run.device.type != "cpu":
+        return 0
+    model = model_of_one_layer(run)
+    quantize(run, model)
+    return linear.packing_bytes(model, run.dtype)
+
+
 def file_size(parameter: Tensor, dtype: torch.dtype) -> int:
     """Return the bytes of a parameter in a file that stores it in this dtype."""
     if dtype == torch.quint4x2:
@@ -234,7 +243,7 @@ def count_weights(run: Run) -> Weights:
         total += parameter.nbytes
         if in_place.get(name) == parameter.nbytes:
             mapped += parameter.nbytes
-    loading = max(sum(converted.values()), total - mapped)
+    loading = max(sum(converted.values()), total - mapped + packing_bytes(run))
     if run.device.type != "cpu":
         file_bytes = 0
     # A file stays mapped as a whole, also where quantizing has read it once and for all.

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import command_line
 from apps.prompt_spans import prompt_text, split_prompt
+from byte_matmul import FbgemmBytes, OneDnnBytes
 from generate import GenerationConfig, choose_generation_config, generate_steps
-from linear import QuantizedLinear
+from linear import QuantizedLinear, packed_weights
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
 from tokenizer import Tokenizer
@@ -46,13 +47,12 @@ def linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) ->
     return 2 * x.numel() * weight[0]
 
 
-def byte_flops(rows: torch.Size, *others: object, **_: object) -> int:
-    """Return the operations of `linear.multiply_bytes`, which counts both bytes of an activation.
+def byte_flops(digits: torch.Size, *_: object, out_shape: torch.Size, **__: object) -> int:
+    """Return the operations of a kernel of byte_matmul.py, for all digits of the activations.
 
-    rows [n, in]; the third of the others is the shape of the weight, [in, out].
+    digits [n, in], out_shape [n, out].
     """
-    weight = cast(torch.Size, others[2])
-    return 2 * rows.numel() * weight[1]
+    return 2 * digits.numel() * out_shape[-1]
 
 
 # Kernels of PyTorch on the CPU that its counter does not know.
@@ -67,7 +67,9 @@ KERNEL_FLOPS = {
 }
 if torch.backends.mkldnn.is_available():
     KERNEL_FLOPS[torch.ops.mkldnn._linear_pointwise] = linear_flops
-    KERNEL_FLOPS[torch.ops.onednn.qlinear_pointwise] = byte_flops
+for kernel in (OneDnnBytes(), FbgemmBytes()):
+    if kernel.is_usable():
+        KERNEL_FLOPS[kernel.operator()] = byte_flops
 
 
 @dataclass
@@ -175,7 +177,8 @@ def count_parameters(model: Qwen2VL, calls: list[Call]) -> str:
     head_weight = getattr(model.lm_head, "weight", None)  # AWQ and GPTQ have none of that name
     if calls[0].name == "lm_head" and head_weight is model.model.embed_tokens.weight:
         return "tied"
-    return f"{sum(p.numel() for call in calls for p in call.module.parameters()):,}"
+    parameters = sum(p.numel() for call in calls for p in call.module.parameters())
+    return f"{parameters + sum(packed_weights(call.module) for call in calls):,}"
 
 
 def format_pass(model: Qwen2VL, title: str, counted: list[Call], timed: list[Call]) -> list[str]:
@@ -226,11 +229,13 @@ def format_positions(config: Config, batch: Batch) -> list[str]:
 
 def format_memory(model: Qwen2VL, length: int) -> list[str]:
     """Return what a decode step reads: the weights of the decoder and the cache of all tokens."""
-    weights = [*model.model.layers.parameters(), *model.lm_head.parameters()]
+    decoder = [model.model.layers, model.lm_head]
+    weights = sum(p.nbytes for module in decoder for p in module.parameters())
+    weights += sum(packed_weights(module) for module in decoder)
     dtype = model.model.norm.weight.dtype
     cache = KVCache(model.config, 1, length, torch.device("meta"), dtype)
     return [
-        f"MEMORY   a decode step reads {sum(p.nbytes for p in weights):,} bytes of weights",
+        f"MEMORY   a decode step reads {weights:,} bytes of weights",
         f"  KV cache of {length:,} tokens: {2 * cache.keys.nbytes:,} bytes, keys and values "
         f"{list(cache.keys.shape)} each",
     ]

@@ -15,6 +15,7 @@ import linear
 from apps import trace as trace_module
 from apps.prompt_spans import split_prompt
 from apps.trace import format_count, format_trace, main, record, record_passes
+from byte_matmul import byte_kernel
 from command_line import BUNDLED_CHECKPOINT
 from generate import stream
 from qwen2vl import get_rope_index
@@ -91,12 +92,12 @@ def test_record_counts_quantized_matmuls_like_plain_ones(tiny, processor):
         assert flops_of(int4, "lm_head", n) == 2 * 128 * 560  # its kernel pads to groups of 16
 
 
-@pytest.mark.skipif(not linear.has_byte_matmul(), reason="needs AVX512_VNNI")
-def test_kernel_flops_count_both_bytes_of_an_activation():
+@pytest.mark.skipif(byte_kernel() is None, reason="needs other instructions")
+def test_kernel_flops_count_both_digits_of_an_activation():
     plain = linear.Int8Linear(
         torch.ones(48, 64, dtype=torch.int8), torch.ones(48, dtype=torch.bfloat16)
     )
-    layer = linear.VnniInt8Linear(plain)
+    layer = linear.ByteInt8Linear(plain, byte_kernel())
     counter = FlopCounterMode(display=False, custom_mapping=trace_module.KERNEL_FLOPS)
     with torch.no_grad(), counter:
         layer(torch.ones(3, 64, dtype=torch.bfloat16))

@@ -1,7 +1,7 @@
 """`linear.py`: every kernel equals the plain matmul, and quantized layers are near it."""
 
 import copy
-import os
+import math
 import pickle
 import subprocess
 import sys
@@ -19,16 +19,17 @@ from torch import nn
 
 import generate
 import linear
+from byte_matmul import FbgemmBytes, OneDnnBytes
 from command_line import BUNDLED_CHECKPOINT
 from linear import (
     FEW_ROWS,
     MANY_INT4_ROWS,
     MANY_INT8_ROWS,
     MANY_ROWS,
+    ByteInt8Linear,
     Int4Linear,
     Int8Linear,
     Linear,
-    VnniInt8Linear,
 )
 from load_weights import load_model
 from preprocess import Processor
@@ -375,20 +376,28 @@ def test_int8_takes_the_plain_matmul_sooner_where_bfloat16_is_fast(is_fast, expe
 
 
 # ----------------------------------------------------------------------------------- bytes by bytes
-def sum_bytes(rows, weight, scale):
-    """Return what `linear.multiply_bytes` returns, in float64 for a weight [in, out]."""
-    return ((rows.double() - 128) @ weight.double() * scale.double()).float()
+class PlainBytes(OneDnnBytes):
+    """Multiplies as oneDNN's kernel is to, in float64, on every processor."""
+
+    def pack(self, weight, scale):
+        return weight.clone()
+
+    def unpack(self, packed):
+        return packed.clone()
+
+    def multiply(self, digits, packed, scale):
+        return ((digits.double() - 128) @ packed.double().T * scale.double()).float()
 
 
-@pytest.fixture(params=["oneDNN", "float64"])
-def byte_kernel(request, monkeypatch):
-    """Multiply bytes by oneDNN, where the processor can, and by the plain matmul in its place."""
-    if request.param == "float64":
-        monkeypatch.setattr(linear, "pack_bytes", lambda weight: weight.T.contiguous())
-        monkeypatch.setattr(linear, "multiply_bytes", sum_bytes)
-        monkeypatch.setattr(linear, "has_byte_matmul", lambda: True)
-    elif not linear.has_byte_matmul():
-        pytest.skip("needs AVX512_VNNI")
+@pytest.fixture(params=[PlainBytes, OneDnnBytes, FbgemmBytes])
+def kernel(request, monkeypatch):
+    """Each kernel that this processor has, in the place of the one that is chosen for it."""
+    kernel = request.param()
+    if not kernel.is_usable() and request.param is not PlainBytes:
+        pytest.skip("needs other instructions")
+    monkeypatch.setattr(linear, "byte_kernel", lambda: kernel)
+    monkeypatch.setattr(request.param, "least_weights", 0)
+    return kernel
 
 
 def exact_output(layer, x):
@@ -397,53 +406,64 @@ def exact_output(layer, x):
     return F.linear(x.double(), layer.dequantize(torch.float64), bias)
 
 
-@pytest.mark.parametrize("size", [1e-20, 1.0, 1e4])
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_split_bytes_is_within_half_a_step(dtype, size):
-    x = (torch.randn(5, 700) * min(size, torch.finfo(dtype).max / 8)).to(dtype)
-    x[0] = 0
-    step = x.abs().amax(1, keepdim=True).float().clamp(min=1e-30) / linear.BYTES_LARGEST
-    high, low = linear.split_bytes(x, step)
-    assert high.dtype == low.dtype == torch.uint8
-    numbers = (high.double() - 128) * 256 + low.double() - 128
-    # Half a step, and the rounding of float32 numbers up to 65,535.
-    assert (numbers - x.double() / step.double()).abs().max() < 0.51
-    assert (numbers[0] == 0).all()
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("outliers", [0, 1, 3])
 @pytest.mark.parametrize("rows", [1, 2, MANY_ROWS - 1, MANY_ROWS, 2 * linear.BYTE_ROWS + 3])
-def test_vnni_int8_equals_the_integers_within_rounding(rows, outliers, bias, byte_kernel):
-    layer = VnniInt8Linear(Int8Linear.from_linear(make_linear(192, 37, bias, torch.bfloat16)))
+def test_byte_int8_equals_the_integers_within_rounding(rows, outliers, bias, kernel):
+    plain = Int8Linear.from_linear(make_linear(192, 37, bias, torch.bfloat16))
+    layer = ByteInt8Linear(plain, kernel)
     x = torch.randn(rows, 192)
-    x[:, :outliers] = 80  # one byte for each activation would have an error of 2 to 5 %
+    x[:, :outliers] = 80  # one digit for each activation would have an error of 2 to 5 %
     x = x.bfloat16()
     with torch.no_grad():
         output = layer(x[None])
     assert output.dtype == torch.bfloat16
     assert output.shape == (1, rows, 37)
-    has_low_bytes = rows < MANY_ROWS or outliers > 0
-    limit = LIMITS[torch.bfloat16] if has_low_bytes else 0.02
+    high_alone = rows >= MANY_ROWS and outliers == 0 and kernel.outlier
+    limit = 0.02 if high_alone else LIMITS[torch.bfloat16]
     assert relative_error(output[0], exact_output(layer, x)) < limit
 
 
-def test_vnni_int8_gives_low_bytes_to_few_rows_and_to_those_with_outliers(monkeypatch, byte_kernel):
-    layer = VnniInt8Linear(Int8Linear.from_linear(make_linear(192, 16, dtype=torch.bfloat16)))
-    multiplied = []
-    multiply = layer.multiply_bytes
-    monkeypatch.setattr(layer, "multiply_bytes", lambda x: multiplied.append(len(x)) or multiply(x))
+def test_byte_int8_gives_low_digits_to_few_rows_and_to_those_with_outliers(monkeypatch, kernel):
+    plain = Int8Linear.from_linear(make_linear(192, 16, dtype=torch.bfloat16))
+    layer = ByteInt8Linear(plain, kernel)
+    counts = []
+    multiply = layer.multiply_digits
+    monkeypatch.setattr(layer, "multiply_digits", lambda x: counts.append(len(x)) or multiply(x))
     x = torch.randn(linear.BYTE_ROWS + MANY_ROWS - 1, 192).bfloat16()
     x[:3, 5] = 80
     with torch.no_grad():
         layer(x)
-    assert multiplied == [linear.BYTE_ROWS + 3, 2 * (MANY_ROWS - 1)]
+    low = 3 if kernel.outlier else linear.BYTE_ROWS
+    assert counts == [linear.BYTE_ROWS + low, 2 * (MANY_ROWS - 1)]
 
 
-def test_vnni_int8_keeps_the_integers_and_scales(byte_kernel):
+@pytest.mark.parametrize("rows", [1, MANY_ROWS])
+def test_byte_int8_of_a_row_of_zeros_is_the_bias(rows, kernel):
+    plain = Int8Linear.from_linear(make_linear(192, 16, bias=True, dtype=torch.bfloat16))
+    layer = ByteInt8Linear(plain, kernel)
+    with torch.no_grad():
+        output = layer(torch.zeros(rows, 192, dtype=torch.bfloat16))
+    assert torch.equal(output, layer.bias.expand(rows, -1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("rows", [1, MANY_ROWS])
+def test_byte_int8_of_a_row_that_is_not_finite_is_not(rows, value, kernel):
+    layer = ByteInt8Linear(Int8Linear.from_linear(make_linear(192, 16)), kernel)
+    x = torch.randn(rows, 192).bfloat16()
+    x[-1, 7] = value
+    with torch.no_grad():
+        finite = layer(x).isfinite()
+    assert finite[:-1].all()
+    assert not finite[-1].any()
+
+
+def test_byte_int8_keeps_the_integers_and_scales(kernel):
     plain = Int8Linear.from_linear(make_linear(192, 70, dtype=torch.bfloat16))
-    layer = VnniInt8Linear(plain)
-    assert layer.weight.nbytes == plain.weight.nbytes
+    plain.weight[0, 0] = -128  # which files may have
+    layer = ByteInt8Linear(plain, kernel)
+    assert linear.packed_weights(nn.Sequential(layer, plain)) == 192 * 70
     assert layer.grouping() == plain.grouping()
     assert torch.equal(layer.groups(), plain.groups())
     for found, expected in zip(layer.unpack(), plain.unpack(), strict=True):
@@ -454,62 +474,43 @@ def test_vnni_int8_keeps_the_integers_and_scales(byte_kernel):
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
 )
-def test_vnni_int8_can_be_copied_and_pickled(duplicate, byte_kernel):
-    layer = VnniInt8Linear(Int8Linear.from_linear(make_linear(64, 48, dtype=torch.bfloat16)))
+def test_byte_int8_can_be_copied_and_pickled(duplicate, kernel):
+    plain = Int8Linear.from_linear(make_linear(64, 48, bias=True, dtype=torch.bfloat16))
+    layer = ByteInt8Linear(plain, kernel)
     x = torch.randn(3, 64).bfloat16()
     with torch.no_grad():
         expected = layer(x)
         other = duplicate(layer)
-        layer.scale.zero_()
+        layer.bias.zero_()
         assert torch.equal(other(x), expected)
 
 
-def test_use_byte_kernel_replaces_large_layers_and_keeps_one_copy(monkeypatch, byte_kernel):
-    monkeypatch.setattr(linear, "BYTE_WEIGHTS", 64 * 64)
+def test_use_byte_kernel_replaces_large_layers_and_keeps_one_copy(monkeypatch, kernel):
+    monkeypatch.setattr(type(kernel), "least_weights", 64 * 64)
     layers = [make_linear(64, outputs, dtype=torch.bfloat16) for outputs in (63, 64, 65)]
     model = nn.Sequential(*[Int8Linear.from_linear(layer) for layer in layers])
     weights = [weakref.ref(layer.weight) for layer in model]
     linear.use_byte_kernel(model, torch.float32)
     assert [type(layer) for layer in model] == [Int8Linear] * 3
     linear.use_byte_kernel(model, torch.bfloat16)
-    assert [type(layer) for layer in model] == [Int8Linear, VnniInt8Linear, VnniInt8Linear]
+    assert [type(layer) for layer in model] == [Int8Linear, ByteInt8Linear, ByteInt8Linear]
     assert [reference() is None for reference in weights] == [False, True, True]
 
 
+def test_packing_takes_copies_of_the_largest_layer(monkeypatch, kernel):
+    monkeypatch.setattr(type(kernel), "least_weights", 64 * 64)
+    layers = [make_linear(64, outputs, dtype=torch.bfloat16) for outputs in (63, 65, 64)]
+    model = nn.Sequential(*[Int8Linear.from_linear(layer) for layer in layers])
+    assert linear.packing_bytes(model, torch.bfloat16) == kernel.copies * 64 * 65
+    assert linear.packing_bytes(model[:1], torch.bfloat16) == 0
+    assert linear.packing_bytes(model, torch.float32) == 0
+
+
 def test_use_byte_kernel_leaves_layers_where_bytes_are_not_multiplied(monkeypatch):
-    monkeypatch.setattr(linear, "BYTE_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "has_byte_matmul", lambda: False)
-    model = nn.Sequential(Int8Linear.from_linear(make_linear(64, 64, dtype=torch.bfloat16)))
+    monkeypatch.setattr(linear, "byte_kernel", lambda: None)
+    model = nn.Sequential(Int8Linear.from_linear(make_linear(2048, 2048, dtype=torch.bfloat16)))
     linear.use_byte_kernel(model, torch.bfloat16)
     assert type(model[0]) is Int8Linear
-
-
-BYTE_MATMUL = """
-import torch
-import linear
-weight = torch.randint(-127, 128, (64, 64), dtype=torch.int8)
-rows = torch.randint(200, 256, (3, 64), dtype=torch.uint8)
-found = linear.has_byte_matmul()
-if found:
-    products = linear.multiply_bytes(rows, linear.pack_bytes(weight), torch.ones(64))
-    assert torch.equal(products.long(), (rows.long() - 128) @ weight.T.long())
-print(found)
-"""
-
-
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX512_CORE", "DEFAULT"])
-def test_has_byte_matmul_only_where_products_are_exact(instructions):
-    """In a separate process, as oneDNN chooses its kernels once."""
-    process = subprocess.run(
-        [sys.executable, "-c", BYTE_MATMUL],
-        capture_output=True,
-        text=True,
-        cwd=BUNDLED_CHECKPOINT.parent.parent,
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": instructions},
-    )
-    assert process.returncode == 0, process.stderr
-    can = instructions == "DEFAULT" and torch.cpu._is_vnni_supported()
-    assert process.stdout.split() == [str(can)]
 
 
 def test_int4_takes_the_plain_matmul_from_many_rows_on(monkeypatch):
@@ -602,19 +603,19 @@ def test_quantized_bundled_model_gives_the_same_answer(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outlier", [0, linear.OUTLIER, 1e9])
+@pytest.mark.parametrize("outlier", [0, OneDnnBytes.outlier, 1e9])
 def test_bytes_by_bytes_bundled_model_gives_the_same_answer(
-    outlier, shapes_batch, monkeypatch, byte_kernel
+    outlier, shapes_batch, monkeypatch, kernel
 ):
-    monkeypatch.setattr(linear, "BYTE_WEIGHTS", 0)
-    monkeypatch.setattr(linear, "OUTLIER", outlier)
+    if outlier and not kernel.outlier:
+        pytest.skip("its high digits are never used alone")
+    monkeypatch.setattr(type(kernel), "outlier", outlier)
     check_same_answer("int8", 0.999, 0.999, shapes_batch)
 
 
-def test_load_model_multiplies_bytes_where_it_can(monkeypatch, byte_kernel):
-    monkeypatch.setattr(linear, "BYTE_WEIGHTS", 0)
+def test_load_model_multiplies_bytes_where_it_can(kernel):
     model = load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int8")
-    assert type(model.lm_head) is VnniInt8Linear
+    assert type(model.lm_head) is ByteInt8Linear
     assert linear.quantization_methods(model) == ["int8"]
     plain = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32, quantize="int8")
     assert type(plain.lm_head) is Int8Linear

@@ -14,8 +14,10 @@ import torch
 from helpers import SHAPES, our_config
 from safetensors.torch import load_file, save_file
 
+import linear
 import load_weights
 import memory
+from byte_matmul import FbgemmBytes
 from command_line import BUNDLED_CHECKPOINT
 from memory import Free, MemoryShortageError, Needs, Run
 
@@ -172,6 +174,17 @@ def test_private_weights_are_those_that_are_not_mapped(dtype, quantize):
     assert weights.private == private
     converted = sum(plain_sizes.values()) if dtype == torch.float32 else 0
     assert weights.loading == max(private, converted)
+
+
+def test_weights_that_are_packed_are_copied_while_they_are_loaded(monkeypatch):
+    monkeypatch.setattr(linear, "byte_kernel", FbgemmBytes)
+    monkeypatch.setattr(FbgemmBytes, "least_weights", 0)
+    config = load_weights.load_config(BUNDLED_CHECKPOINT)
+    run = Run(config, CPU, torch.bfloat16, quantize="int8")
+    run.stored_dtypes = memory.read_stored_dtypes(BUNDLED_CHECKPOINT, config)
+    weights = memory.count_weights(run)
+    head = config.vocab_size * config.hidden_size  # the largest layer
+    assert weights.loading == weights.private + 2 * head
 
 
 # --------------------------------------------------------------------------------------- the check
