@@ -9,12 +9,15 @@ Shapes: n, rows of digits; in and out, the two widths of a weight [out, in].
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Packed = Any  # a weight in a kernel's own layout
 
 
 class OneDnnBytes:
@@ -25,7 +28,7 @@ class OneDnnBytes:
 
     base = 256  # an activation is high · base + low, in steps
     largest = 127 * 256 + 127
-    copies = 1  # of a weight exist beside it while it is packed
+    packs_slowly = False
     outlier = 10  # times the mean size of its row: beside one so large, low digits are needed
     least_weights = 2**20  # a smaller layer gains less than it takes to split its activations
 
@@ -35,11 +38,11 @@ class OneDnnBytes:
     def operator(self) -> Any:
         return torch.ops.onednn.qlinear_pointwise
 
-    def pack(self, weight: Tensor, _scale: Tensor) -> Tensor:
+    def pack(self, weight: Tensor, _scale: Tensor) -> Packed:
         """Return int8 [out, in] in the kernel's own layout: an opaque tensor [in, out]."""
         return torch.ops.onednn.qlinear_prepack(weight, None)
 
-    def unpack(self, packed: Tensor) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         """Return the weight, int8 [out, in]."""
         return packed.to_dense().T.contiguous()
 
@@ -51,7 +54,7 @@ class OneDnnBytes:
         whole = (numbers + (128 * 257 + 0.5)).to(torch.int32)  # positive, so this rounds
         return (whole >> 8).to(torch.uint8), whole.to(torch.uint8)
 
-    def multiply(self, digits: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    def multiply(self, digits: Tensor, packed: Packed, scale: Tensor) -> Tensor:
         """Return the digits [n, in] times the weight times scale [out]: float32 [n, out]."""
         rows = len(digits)
         if rows == 2:  # a large weight is read faster for four rows
@@ -73,7 +76,8 @@ class FbgemmBytes:
 
     base = 128
     largest = 64 * 128
-    copies = 2
+    packs_slowly = True  # takes as long as is gained in some hundred tokens
+    piece = 2**24  # weights that are packed at a time: larger ones take twice as long for each
     outlier = 0  # a digit of so few values is never enough alone
     least_weights = 2**22
 
@@ -92,16 +96,20 @@ class FbgemmBytes:
     def operator(self) -> Any:
         return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
-    def pack(self, weight: Tensor, scale: Tensor) -> Any:
-        """Return int8 [out, in] and scale [out] in the kernel's own layout: an opaque object."""
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        numbers = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-        return torch.ops.quantized.linear_prepack(numbers, None)
+    def pack(self, weight: Tensor, scale: Tensor) -> Packed:
+        """Return int8 [out, in] and scale [out] in the kernel's own layout: opaque objects."""
+        outputs = math.ceil(self.piece / weight.shape[1])
+        packed = []
+        for part, scales in zip(weight.split(outputs), scale.split(outputs), strict=True):
+            zeros = torch.zeros(len(scales), dtype=torch.int64)
+            numbers = torch._make_per_channel_quantized_tensor(part, scales.double(), zeros, 0)
+            packed.append(torch.ops.quantized.linear_prepack(numbers, None))
+        return packed
 
-    def unpack(self, packed: Any) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         """Return the weight, int8 [out, in]."""
-        weight, _bias = torch.ops.quantized.linear_unpack(packed)
-        return weight.int_repr()
+        parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in packed]
+        return torch.cat(parts)
 
     def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return the high and the low digits of numbers up to `largest`: float32 [n, in].
@@ -111,9 +119,10 @@ class FbgemmBytes:
         high = (numbers / self.base).round_()
         return high, numbers.sub_(high, alpha=self.base)
 
-    def multiply(self, digits: Tensor, packed: Any, _scale: Tensor) -> Tensor:
+    def multiply(self, digits: Tensor, packed: Packed, _scale: Tensor) -> Tensor:
         """Return the digits [n, in] times the weight times its scale: float32 [n, out]."""
-        return self.operator()(digits, 1.0, 64, packed)
+        products = [self.operator()(digits, 1.0, 64, part) for part in packed]
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
 ByteKernel = OneDnnBytes | FbgemmBytes

@@ -472,7 +472,7 @@ def open_session(arguments: argparse.Namespace) -> Session:
     for media in batch.media:
         logger.info(media.summary(processor.image_config))
     run = checked_run(arguments, directory)
-    model = load_checkpoint(arguments, directory, processor, run, batch)
+    model = load_checkpoint(arguments, directory, processor, run, batch, few_tokens=True)
     return Session(processor, batch, model, seconds)
 
 
@@ -562,12 +562,13 @@ def load_checkpoint(
     processor: Processor,
     run: memory.Run | None,
     batch: Batch | None = None,
+    few_tokens: bool = False,
 ) -> Qwen2VL:
     """Return the model that the options describe; a status line says how long it took.
 
     run: of `checked_run`, so that memory which cannot suffice is named before the weights are
-    loaded. batch: the first one that the model answers, if it is known. Raises OSError or
-    ValueError.
+    loaded. batch: the first one that the model answers, if it is known. few_tokens: as for
+    `load_model`. Raises OSError or ValueError.
     """
     if run is not None:
         memory.check_weights_and_batch(run, batch)
@@ -583,6 +584,7 @@ def load_checkpoint(
         arguments.quantize,
         arguments.adapter,
         arguments.check_weights,
+        few_tokens,
     )
     check_vocabulary(processor, model, directory)
     if arguments.debug_nan:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -313,7 +313,7 @@ class ByteInt8Linear(QuantizedLinear):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.kernel = kernel
-        self.packed = kernel.pack(layer.weight, layer.scale)
+        self.packed: Any = kernel.pack(layer.weight, layer.scale)
         self.scale = layer.scale
         self.bias = layer.bias
 
@@ -719,13 +719,14 @@ def use_kernels(model: nn.Module, dtype: torch.dtype) -> None:
             model.set_submodule(name, layer)
 
 
-def use_byte_kernel(model: nn.Module, dtype: torch.dtype) -> None:
+def use_byte_kernel(model: nn.Module, dtype: torch.dtype, few_tokens: bool = False) -> None:
     """Replace each large `Int8Linear` where the CPU multiplies bytes, one after the other.
 
-    For the dtypes of 16 bits, as activations are rounded to digits.
+    For the dtypes of 16 bits, as activations are rounded to digits. few_tokens: not where packing
+    takes longer than is gained in as many tokens as one answer has.
     """
     kernel = byte_kernel()
-    if kernel is None:
+    if kernel is None or (few_tokens and kernel.packs_slowly):
         return
     for name in layers_for_bytes(model, dtype, kernel):
         module = cast(Int8Linear, model.get_submodule(name))
@@ -742,11 +743,11 @@ def layers_for_bytes(model: nn.Module, dtype: torch.dtype, kernel: ByteKernel) -
 
 
 def packing_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Return what `use_byte_kernel` needs at most, beside the weights, while it packs them."""
+    """Return what `use_byte_kernel` needs at most beside the weights: a copy of the largest."""
     kernel = byte_kernel()
     if kernel is None:
         return 0
-    return kernel.copies * max(layers_for_bytes(model, dtype, kernel).values(), default=0)
+    return max(layers_for_bytes(model, dtype, kernel).values(), default=0)
 
 
 def input_order(layer: PackedLinear) -> Tensor | None:

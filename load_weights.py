@@ -450,6 +450,7 @@ def load_model(
     quantize: str | None = None,
     adapters: Sequence[str | Path] = (),
     check_weights: bool = False,
+    few_tokens: bool = False,
 ) -> Qwen2VL:
     """Return the checkpoint as a model in eval mode.
 
@@ -462,6 +463,7 @@ def load_model(
     the checkpoint has quantized stay as they are.
     adapters: directories or hub names of LoRA adapters, which are merged into the weights in order.
     check_weights: read all of them, and name those that are damaged (`check_weights_finite`).
+    few_tokens: no more than one answer is asked for, so do nothing that pays off later.
     Raises OSError or ValueError: one sentence that names the file, tensor
     or field that cannot be loaded.
     """
@@ -509,7 +511,7 @@ def load_model(
         state.clear()  # so that each layer's weights are released as it is quantized
         linear.quantize_linears(model, quantize)
     if device.type == "cpu":
-        linear.use_byte_kernel(model, dtype)
+        linear.use_byte_kernel(model, dtype, few_tokens)
     return model.eval()
 
 

@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"{arguments.input} holds no line that can be used")
     memory_run = command_line.checked_run(arguments, directory)
     model = command_line.load_checkpoint(
-        arguments, directory, processor, memory_run, first_batch[1]
+        arguments, directory, processor, memory_run, first_batch[1], few_tokens=True
     )
     names: list[str] = []
     computed = []

@@ -44,7 +44,7 @@ def answer_ours(model, batch, new_tokens: int, on_token) -> None:
     from generate import GenerationConfig, decode_step, stream
 
     decode = decode_step
-    if model.lm_head.weight.device.type == "cuda":
+    if model.model.norm.weight.device.type == "cuda":
         decode = CapturedDecodeStep(model, decode_step)
     for tokens in stream(model, batch, new_tokens, GenerationConfig(), decode=decode):
         on_token(tokens)

@@ -497,11 +497,33 @@ def test_use_byte_kernel_replaces_large_layers_and_keeps_one_copy(monkeypatch, k
     assert [reference() is None for reference in weights] == [False, True, True]
 
 
-def test_packing_takes_copies_of_the_largest_layer(monkeypatch, kernel):
+def test_what_packs_slowly_is_not_packed_for_few_tokens(kernel):
+    model = nn.Sequential(Int8Linear.from_linear(make_linear(64, 64, dtype=torch.bfloat16)))
+    linear.use_byte_kernel(model, torch.bfloat16, few_tokens=True)
+    assert type(model[0]) is (Int8Linear if kernel.packs_slowly else ByteInt8Linear)
+
+
+@pytest.mark.parametrize("piece", [64, 64 * 31, 64 * 48])
+def test_a_weight_in_pieces_is_the_same(piece, monkeypatch):
+    kernel = FbgemmBytes()
+    if not kernel.is_usable():
+        pytest.skip("needs other instructions")
+    plain = Int8Linear.from_linear(make_linear(64, 48, dtype=torch.bfloat16))
+    x = torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        expected = ByteInt8Linear(plain, kernel)(x)
+        monkeypatch.setattr(FbgemmBytes, "piece", piece)
+        layer = ByteInt8Linear(plain, kernel)
+        assert len(layer.packed) == math.ceil(48 / (piece // 64))
+        assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.plain().weight, plain.weight)
+
+
+def test_packing_takes_a_copy_of_the_largest_layer(monkeypatch, kernel):
     monkeypatch.setattr(type(kernel), "least_weights", 64 * 64)
     layers = [make_linear(64, outputs, dtype=torch.bfloat16) for outputs in (63, 65, 64)]
     model = nn.Sequential(*[Int8Linear.from_linear(layer) for layer in layers])
-    assert linear.packing_bytes(model, torch.bfloat16) == kernel.copies * 64 * 65
+    assert linear.packing_bytes(model, torch.bfloat16) == 64 * 65
     assert linear.packing_bytes(model[:1], torch.bfloat16) == 0
     assert linear.packing_bytes(model, torch.float32) == 0
 
@@ -619,6 +641,8 @@ def test_load_model_multiplies_bytes_where_it_can(kernel):
     assert linear.quantization_methods(model) == ["int8"]
     plain = load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32, quantize="int8")
     assert type(plain.lm_head) is Int8Linear
+    hasty = load_model(BUNDLED_CHECKPOINT, "cpu", quantize="int8", few_tokens=True)
+    assert type(hasty.lm_head) is (Int8Linear if kernel.packs_slowly else ByteInt8Linear)
 
 
 @pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("int4", Int4Linear)])

@@ -184,7 +184,7 @@ def test_weights_that_are_packed_are_copied_while_they_are_loaded(monkeypatch):
     run.stored_dtypes = memory.read_stored_dtypes(BUNDLED_CHECKPOINT, config)
     weights = memory.count_weights(run)
     head = config.vocab_size * config.hidden_size  # the largest layer
-    assert weights.loading == weights.private + 2 * head
+    assert weights.loading == weights.private + head
 
 
 # --------------------------------------------------------------------------------------- the check
