@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from load_weights import load_model
+from load_weights import load_config, load_model
 from preprocess import Processor
 from qwen2vl import (
     Config,
@@ -291,6 +291,7 @@ def run_variant(variant: Variant, start: Start, run: Path, args, train_options: 
         checkpoint = run / "checkpoint"
         options = ["--folder", str(checkpoint), "--run", str(run), "--steps", str(args.steps)]
         options += ["--items", "0", "--processes", "1", "--lr", start.lr]
+        options += ["--depth", str(load_config(args.checkpoint).num_hidden_layers)]
         train.main(options + train_options, recipe)
     run.mkdir(parents=True, exist_ok=True)
     exam = replace(start.exam, to_messages=variant.to_messages)

@@ -157,9 +157,9 @@ def tokenizer_config(bpe: BPE) -> dict:
     }
 
 
-def make_config(folder: Path) -> Config:
+def make_config(folder: Path, depth: int = 4) -> Config:
     """Return the shape of the model, a small published one; write generation and preprocessor
-    config.
+    config. depth: the layers of the decoder, and the blocks of the encoder.
 
     Every text token costs a pass through the decoder and a conversation has about 200 of them, so
     the decoder is narrow. The vision encoder is wider: telling shapes apart takes longest to learn.
@@ -192,7 +192,7 @@ def make_config(folder: Path) -> Config:
         vocab_size=bpe.get_vocab_size(),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -205,6 +205,6 @@ def make_config(folder: Path) -> Config:
         image_token_id=bpe.token_to_id("<|image_pad|>"),
         video_token_id=bpe.token_to_id("<|video_pad|>"),
         vision_config=VisionConfig(
-            depth=4, embed_dim=160, num_heads=5, mlp_ratio=4, hidden_size=128
+            depth=depth, embed_dim=160, num_heads=5, mlp_ratio=4, hidden_size=128
         ),
     )

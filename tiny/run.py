@@ -11,6 +11,7 @@ from torch import Tensor
 from load_weights import load_model, save_model
 from qwen2vl import Qwen2VL
 from tiny.curriculum import TOPICS
+from tiny.deepen import deepen
 from tiny.folder import write_json
 from tiny.score import score_checkpoint
 
@@ -27,7 +28,7 @@ class Run:
         self.optimizers = optimizers
         self.args = args
         self.state_file = args.run / "state.pt"
-        names = ("parts", "work", "lr", "muon", "seed")
+        names = ("parts", "work", "lr", "muon", "depth", "seed")
         self.settings = {name: getattr(args, name) for name in names}
         self.step = args.first_step  # steps that are done
         self.earlier_minutes = 0.0  # before the newest start
@@ -36,7 +37,7 @@ class Run:
             self.load()
         elif args.weights:
             stored = load_model(args.weights, dtype=torch.float32).state_dict()
-            self.model.load_state_dict(stored)
+            self.model.load_state_dict(deepen(stored, args.depth))
         self.first_step = self.step
         self.start = time.time()
         self.recent: deque[Tensor] = deque(maxlen=100)  # [3, topics] of the newest steps

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from load_weights import load_config
 from qwen2vl import Config, Qwen2VL
 from tiny.batches import Batches
 from tiny.curriculum import CURRICULUM, TOPICS, Curriculum, learning_rate
@@ -174,6 +175,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--run", type=Path, default=Path("runs/tiny"), help="the directory of the resumable state")
     add("--steps", type=int, default=88_500, help="the last step; more may be added later")
     add("--weights", type=Path, help="start with the weights of this checkpoint directory")
+    add("--depth", type=int, help="layers of the decoder, and blocks of the encoder")
     add("--first-step", type=int, default=0, help="the step of the curriculum to start with")
     add("--parts", type=int, default=6, help="parts of a step, each of one topic")
     add("--work", type=int, default=800, help="size of a part, in patches")
@@ -196,8 +198,10 @@ def main(argv: list[str] | None = None, recipe: Recipe | None = None) -> int:
     recipe = recipe or Recipe()
     args.run.mkdir(parents=True, exist_ok=True)
     (args.run / "meeting").unlink(missing_ok=True)
+    if args.depth is None:
+        args.depth = load_config(args.weights).num_hidden_layers if args.weights else 4
     make_tokenizer(args.folder)
-    config = make_config(args.folder)
+    config = make_config(args.folder, args.depth)
     if args.processes > 1:
         torch.multiprocessing.spawn(train, (args, config, recipe), args.processes)
     else:

@@ -37,9 +37,9 @@ from tiny.score import OPEN_CHECKPOINT
 
 SEEDS = range(IMAGES)
 
-# The least share of all questions that the weights trained on open drawings answer correctly. The
-# aim is 0.95; this is just below what they reach (python -m tests.tiny.foreign_drawings tiny/open).
-LEAST = 0.93
+# The least share of all questions that the weights trained on open drawings answer correctly:
+# just below the 0.951 that they reach (python -m tests.tiny.foreign_drawings tiny/open).
+LEAST = 0.94
 
 
 def painted(scene: Scene, shape: Shape) -> np.ndarray:

@@ -842,7 +842,7 @@ def test_curriculum_starts_videos_with_one_shape(name, most, folder):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
-    steps = 128_000
+    steps = 134_000
     for begin, leg in LEGS.items():
         warm = begin + round(min(200, 0.1 * (min(leg.end, steps) - begin)))
         assert learning_rate(warm, steps, 1.0) == pytest.approx(leg.share, rel=0.03)
@@ -864,6 +864,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
         105_999,
         114_799,
         122_799,
+        127_999,
         steps - 1,
     )
     for last in ends:
