@@ -639,8 +639,7 @@ def describe_model(arguments: argparse.Namespace, model: Qwen2VL, seconds: float
     dtype = str(weight.dtype).removeprefix("torch.")
     methods = linear.quantization_methods(model)
     if methods:
-        stored = sum(p.nbytes for p in model.parameters()) + linear.packed_weights(model)
-        size = f"{stored / 1e6:,.1f} MB"
+        size = f"{linear.stored_bytes(model) / 1e6:,.1f} MB"
         dtype += f", the decoder {' and '.join(methods)}"
     else:
         size = f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters"

@@ -219,7 +219,22 @@ class QuantizedLinear(nn.Module):
         return weight
 
 
-class Int8Linear(QuantizedLinear):
+class OneScaleInt8(QuantizedLinear):
+    """What the layers of 8 bits with one scale for each output have in common."""
+
+    scale: nn.Parameter
+
+    def method(self) -> str:
+        return "int8"
+
+    def grouping(self) -> Grouping:
+        return Grouping(8, -1, symmetric=True, act_order=False)
+
+    def groups(self) -> Tensor:
+        return torch.zeros(self.in_features, dtype=torch.int64, device=self.scale.device)
+
+
+class Int8Linear(OneScaleInt8):
     """A linear layer whose weights are integers from -128 to 127, with a scale for each output.
 
     The activations keep their dtype, but for a few rows on the CPU: those are rounded to bfloat16,
@@ -252,20 +267,11 @@ class Int8Linear(QuantizedLinear):
         numbers = numbers.clamp(-127, 127)  # the rounded scale may be a little small
         return numbers.to(torch.int8), scale
 
-    def method(self) -> str:
-        return "int8"
-
-    def grouping(self) -> Grouping:
-        return Grouping(8, -1, symmetric=True, act_order=False)
-
     def unpack_chunks(self) -> Iterator[Unpacked]:
         for start, stop in row_chunks(self.out_features, self.weight.device):
             numbers = self.weight[start:stop].view(torch.uint8) ^ 128  # the zero point is 128
             scales = self.scale[start:stop, None]
             yield Unpacked(numbers, torch.full_like(scales, 128, dtype=torch.uint8), scales)
-
-    def groups(self) -> Tensor:
-        return torch.zeros(self.in_features, dtype=torch.int64, device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
@@ -298,7 +304,7 @@ class Int8Linear(QuantizedLinear):
         return y
 
 
-class ByteInt8Linear(QuantizedLinear):
+class ByteInt8Linear(OneScaleInt8):
     """An `Int8Linear` whose activations are rounded to digits of a byte, in steps of their row.
 
     Two digits are about as exact as bfloat16 activations. Of many rows, oneDNN multiplies those
@@ -317,12 +323,6 @@ class ByteInt8Linear(QuantizedLinear):
         self.scale = layer.scale
         self.bias = layer.bias
 
-    def method(self) -> str:
-        return "int8"
-
-    def grouping(self) -> Grouping:
-        return Grouping(8, -1, symmetric=True, act_order=False)
-
     def plain(self) -> Int8Linear:
         """Return a layer as the one that this took the place of: the weight is the same."""
         return Int8Linear(self.kernel.unpack(self.packed), self.scale, self.bias)
@@ -333,9 +333,6 @@ class ByteInt8Linear(QuantizedLinear):
 
     def unpack_chunks(self) -> Iterator[Unpacked]:
         yield from self.plain().unpack_chunks()
-
-    def groups(self) -> Tensor:
-        return torch.zeros(self.in_features, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
@@ -351,14 +348,15 @@ class ByteInt8Linear(QuantizedLinear):
         """Return x [n, in] times the weights: float32 [n, out]."""
         x = x.float()
         largest = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True)
-        step = largest.clamp_(min=1e-30).div_(self.kernel.largest)  # a row may be all zeros
+        largest.clamp_(min=1e-30)  # a row may be all zeros
+        step = largest / self.kernel.largest
         high, low = self.kernel.split(x / step)
         if len(x) < MANY_ROWS or self.kernel.outlier == 0:
             products = self.multiply_digits(torch.cat((high, low)))
             sums = torch.add(products[len(x) :], products[: len(x)], alpha=self.kernel.base)
         else:
             smallest_outlier = self.kernel.outlier * x.abs().mean(1, keepdim=True)
-            rows = (step * self.kernel.largest > smallest_outlier).flatten().nonzero()[:, 0]
+            rows = (largest > smallest_outlier).flatten().nonzero()[:, 0]
             products = self.multiply_digits(torch.cat((high, low[rows])))
             sums = products[: len(x)].mul_(self.kernel.base)
             sums.index_add_(0, rows, products[len(x) :])
@@ -725,29 +723,33 @@ def use_byte_kernel(model: nn.Module, dtype: torch.dtype, few_tokens: bool = Fal
     For the dtypes of 16 bits, as activations are rounded to digits. few_tokens: not where packing
     takes longer than is gained in as many tokens as one answer has.
     """
-    kernel = byte_kernel()
+    sizes = layers_for_bytes(model, dtype)
+    kernel = byte_kernel() if sizes else None
     if kernel is None or (few_tokens and kernel.packs_slowly):
         return
-    for name in layers_for_bytes(model, dtype, kernel):
+    for name in sizes:
         module = cast(Int8Linear, model.get_submodule(name))
         model.set_submodule(name, ByteInt8Linear(module, kernel))
 
 
-def layers_for_bytes(model: nn.Module, dtype: torch.dtype, kernel: ByteKernel) -> dict[str, int]:
-    """Return the names of the layers that `use_byte_kernel` replaces, and their weights' bytes."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return {}
+def layers_for_bytes(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Return the names of the layers that `use_byte_kernel` replaces, and their weights' bytes.
+
+    A model without layers of 8 bits does not wait until a kernel is tried.
+    """
     names = names_of(Int8Linear, model)
+    if not names or dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    kernel = byte_kernel()
+    if kernel is None:
+        return {}
     sizes = {name: cast(Tensor, model.get_submodule(name).weight).nbytes for name in names}
     return {name: size for name, size in sizes.items() if size >= kernel.least_weights}
 
 
 def packing_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Return what `use_byte_kernel` needs at most beside the weights: a copy of the largest."""
-    kernel = byte_kernel()
-    if kernel is None:
-        return 0
-    return max(layers_for_bytes(model, dtype, kernel).values(), default=0)
+    return max(layers_for_bytes(model, dtype).values(), default=0)
 
 
 def input_order(layer: PackedLinear) -> Tensor | None:
@@ -816,6 +818,11 @@ def packed_weights(module: nn.Module) -> int:
     """
     layers = [layer for layer in module.modules() if isinstance(layer, ByteInt8Linear)]
     return sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Return the bytes of all weights, those in a kernel's own layout included."""
+    return sum(parameter.nbytes for parameter in module.parameters()) + packed_weights(module)
 
 
 def quantization_methods(model: nn.Module) -> list[str]:

@@ -210,7 +210,8 @@ def quantize(run: Run, model: Qwen2VL) -> None:
 
 def packing_bytes(run: Run) -> int:
     """Return what loading needs beside the weights while it packs them for a matmul of bytes."""
-    if run.device.type != "cpu":
+    is_quantized = run.quantize is not None or run.pack is not None
+    if run.device.type != "cpu" or not is_quantized:
         return 0
     model = model_of_one_layer(run)
     quantize(run, model)

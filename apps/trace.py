@@ -36,7 +36,7 @@ import command_line
 from apps.prompt_spans import prompt_text, split_prompt
 from byte_matmul import FbgemmBytes, OneDnnBytes
 from generate import GenerationConfig, choose_generation_config, generate_steps
-from linear import QuantizedLinear, packed_weights
+from linear import QuantizedLinear, packed_weights, stored_bytes
 from preprocess import Batch, Processor
 from qwen2vl import Config, KVCache, Qwen2VL, get_rope_index
 from tokenizer import Tokenizer
@@ -229,9 +229,7 @@ def format_positions(config: Config, batch: Batch) -> list[str]:
 
 def format_memory(model: Qwen2VL, length: int) -> list[str]:
     """Return what a decode step reads: the weights of the decoder and the cache of all tokens."""
-    decoder = [model.model.layers, model.lm_head]
-    weights = sum(p.nbytes for module in decoder for p in module.parameters())
-    weights += sum(packed_weights(module) for module in decoder)
+    weights = stored_bytes(model.model.layers) + stored_bytes(model.lm_head)
     dtype = model.model.norm.weight.dtype
     cache = KVCache(model.config, 1, length, torch.device("meta"), dtype)
     return [

@@ -5,13 +5,11 @@ a copy of its neighbor in all but the last matrices, it has something to say as 
 trained. Source: Wu et al., "LLaMA Pro: Progressive LLaMA with block expansion" (2024), section 3.2.
 """
 
-import re
-
 import torch
 from torch import Tensor
 
+STACKS = ("model.layers", "visual.blocks")
 LAST = ("self_attn.o_proj", "mlp.down_proj", "attn.proj", "mlp.fc2")  # what a layer adds
-LAYER = re.compile(r"(model\.layers|visual\.blocks)\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def deepen(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
@@ -19,23 +17,28 @@ def deepen(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
     Raises ValueError where they have more.
     """
-    layers: dict[str, list[int]] = {}
-    for name in weights:
-        if match := LAYER.fullmatch(name):
-            layers.setdefault(match[1], []).append(int(match[2]))
+    deeper = {name: weight for name, weight in weights.items() if not name.startswith(STACKS)}
+    for stack in STACKS:
+        deeper |= deepen_stack(weights, stack, depth)
+    return deeper
+
+
+def deepen_stack(weights: dict[str, Tensor], stack: str, depth: int) -> dict[str, Tensor]:
+    """Return the weights of a stack of layers, each new one behind the one that it copies."""
+    names = [name for name in weights if name.startswith(f"{stack}.")]
+    before = len({name.removeprefix(f"{stack}.").split(".")[0] for name in names})
+    if before > depth:
+        raise ValueError(f"{stack} has {before} layers, more than {depth}")
+    sources = [new * before // depth for new in range(depth)]
     deeper = {}
-    for name, weight in weights.items():
-        match = LAYER.fullmatch(name)
-        if not match:
-            deeper[name] = weight
-            continue
-        stack, number, part, kind = match[1], int(match[2]), match[3], match[4]
-        before = max(layers[stack]) + 1
-        if before > depth:
-            raise ValueError(f"{stack} has {before} layers, more than {depth}")
-        copies = [new for new in range(depth) if new * before // depth == number]
-        for new in copies:
-            silent = new != copies[0] and part in LAST
-            values = torch.zeros_like(weight) if silent else weight
-            deeper[f"{stack}.{new}.{part}.{kind}"] = values
+    for new, old in enumerate(sources):
+        is_copy = old in sources[:new]
+        prefix = f"{stack}.{old}."
+        for name in names:
+            if not name.startswith(prefix):
+                continue
+            part = name.removeprefix(prefix)
+            silent = is_copy and part.startswith(LAST)
+            values = torch.zeros_like(weights[name]) if silent else weights[name]
+            deeper[f"{stack}.{new}.{part}"] = values
     return deeper
