@@ -38,31 +38,36 @@ class OneDnnBytes:
     def operator(self) -> Any:
         return torch.ops.onednn.qlinear_pointwise
 
-    def pack(self, weight: Tensor, _scale: Tensor) -> Packed:
-        """Return int8 [out, in] in the kernel's own layout: an opaque tensor [in, out]."""
-        return torch.ops.onednn.qlinear_prepack(weight, None)
+    def pack(self, weight: Tensor, scale: Tensor) -> Packed:
+        """Return int8 [out, in] in the kernel's own layout, an opaque tensor, and its scale [out].
+
+        The last is the zero points of the outputs, which the operator asks for, too.
+        """
+        no_zeros = torch.zeros_like(scale, dtype=torch.int32)
+        return torch.ops.onednn.qlinear_prepack(weight, None), scale.float(), no_zeros
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the weight, int8 [out, in]."""
-        return packed.to_dense().T.contiguous()
+        return packed[0].to_dense().T.contiguous()
 
-    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the high and the low digits of numbers up to `largest`: uint8 [n, in], plus 128.
+    def split(self, numbers: Tensor, low_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the high digits of numbers up to `largest`, and the low ones of low_rows or all.
 
-        With signed digits the kernel is slow on AMD's processors. numbers: float32 [n, in].
+        With signed digits the kernel is slow on AMD's processors, so 128 is added.
+        numbers: float32 [n, in]; low_rows: int64 [m]. Both returned: uint8 [n or m, in].
         """
         whole = (numbers + (128 * 257 + 0.5)).to(torch.int32)  # positive, so this rounds
-        return (whole >> 8).to(torch.uint8), whole.to(torch.uint8)
+        low = (whole if low_rows is None else whole[low_rows]).to(torch.uint8)
+        return whole.__irshift__(8).to(torch.uint8), low
 
-    def multiply(self, digits: Tensor, packed: Packed, scale: Tensor) -> Tensor:
-        """Return the digits [n, in] times the weight times scale [out]: float32 [n, out]."""
+    def multiply(self, digits: Tensor, packed: Packed) -> Tensor:
+        """Return the digits [n, in] times the weight times its scale: float32 [n, out]."""
+        weight, scale, no_zeros = packed
         rows = len(digits)
         if rows == 2:  # a large weight is read faster for four rows
             digits = torch.cat((digits, digits))
-        scale = scale.float()
-        no_zeros = torch.zeros_like(scale, dtype=torch.int32)
         products = self.operator()(
-            digits, 1.0, 128, packed, scale, no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            digits, 1.0, 128, weight, scale, no_zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return products[:rows]
 
@@ -111,15 +116,17 @@ class FbgemmBytes:
         parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in packed]
         return torch.cat(parts)
 
-    def split(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the high and the low digits of numbers up to `largest`: float32 [n, in].
+    def split(self, numbers: Tensor, low_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the high digits of numbers up to `largest`, and the low ones of low_rows or all.
 
-        The kernel rounds them itself. numbers: float32 [n, in]; they are overwritten.
+        The kernel rounds them itself. numbers: float32 [n, in], overwritten; low_rows: int64 [m].
+        Both returned: float32 [n or m, in].
         """
         high = (numbers / self.base).round_()
-        return high, numbers.sub_(high, alpha=self.base)
+        low = numbers.sub_(high, alpha=self.base)
+        return high, low if low_rows is None else low[low_rows]
 
-    def multiply(self, digits: Tensor, packed: Packed, _scale: Tensor) -> Tensor:
+    def multiply(self, digits: Tensor, packed: Packed) -> Tensor:
         """Return the digits [n, in] times the weight times its scale: float32 [n, out]."""
         products = [self.operator()(digits, 1.0, 64, part) for part in packed]
         return products[0] if len(products) == 1 else torch.cat(products, 1)
@@ -149,6 +156,6 @@ def is_exact(kernel: ByteKernel) -> bool:
     high, _low = kernel.split(largest.expand(-1, 64).clone())
     with warnings.catch_warnings():  # that quantized tensors are deprecated, once a process
         warnings.simplefilter("ignore", UserWarning)
-        products = kernel.multiply(high, kernel.pack(weight, ones), ones)
+        products = kernel.multiply(high, kernel.pack(weight, ones))
     values = (largest / kernel.base).round()  # of the high digits
     return torch.equal(products, values * weight.float().sum(1))

@@ -10,7 +10,6 @@ Shapes: rows, all dimensions but the last of x together;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
@@ -34,7 +33,10 @@ FEW_ROWS = 5  # so many, where oneDNN has no kernel for the dtype
 # no instructions, of 4 bits everywhere.
 MANY_INT8_ROWS = 32
 MANY_INT4_ROWS = 128
-BYTE_ROWS = 256  # so many are split at once, so that they stay in the cache
+# Activations that are split into digits at once, so that they stay in the cache, but of this many
+# rows at least: fewer would read the weights too often.
+BYTE_ACTIVATIONS = 2**18
+LEAST_BYTE_ROWS = 64
 # Outputs that are in the cache while a layer is quantized to 4 bits; whole blocks of the kernel.
 INT4_QUANTIZED = 256
 
@@ -337,34 +339,31 @@ class ByteInt8Linear(OneScaleInt8):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        if len(rows) <= BYTE_ROWS:
-            y = self.multiply(rows).to(x.dtype)
-        else:
-            y = torch.cat([self.multiply(part).to(x.dtype) for part in rows.split(BYTE_ROWS)])
+        y = x.new_empty(len(rows), self.out_features)
+        count = max(LEAST_BYTE_ROWS, BYTE_ACTIVATIONS // self.in_features)
+        for some, products in zip(rows.split(count), y.split(count), strict=True):
+            self.multiply(some, products)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Return x [n, in] times the weights: float32 [n, out]."""
+    def multiply(self, x: Tensor, y: Tensor) -> None:
+        """Write x [n, in] times the weights into y [n, out]."""
+        kernel = self.kernel
         x = x.float()
-        largest = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True)
-        largest.clamp_(min=1e-30)  # a row may be all zeros
-        step = largest / self.kernel.largest
-        high, low = self.kernel.split(x / step)
-        if len(x) < MANY_ROWS or self.kernel.outlier == 0:
-            products = self.multiply_digits(torch.cat((high, low)))
-            sums = torch.add(products[len(x) :], products[: len(x)], alpha=self.kernel.base)
+        sizes = x.abs()
+        largest = sizes.amax(1, keepdim=True).clamp_(min=1e-30)  # a row may be all zeros
+        step = largest / kernel.largest
+        low_rows = None  # all
+        if len(x) >= MANY_ROWS and kernel.outlier > 0:
+            smallest_outlier = sizes.mean(1, keepdim=True).mul_(kernel.outlier)
+            low_rows = (largest > smallest_outlier).flatten().nonzero()[:, 0]
+        products = kernel.multiply(torch.cat(kernel.split(x / step, low_rows)), self.packed)
+        sums, of_low = products[: len(x)], products[len(x) :]
+        if low_rows is None:
+            sums = sums.add_(of_low, alpha=1 / kernel.base)
         else:
-            smallest_outlier = self.kernel.outlier * x.abs().mean(1, keepdim=True)
-            rows = (largest > smallest_outlier).flatten().nonzero()[:, 0]
-            products = self.multiply_digits(torch.cat((high, low[rows])))
-            sums = products[: len(x)].mul_(self.kernel.base)
-            sums.index_add_(0, rows, products[len(x) :])
-        return sums.mul_(step)
-
-    def multiply_digits(self, digits: Tensor) -> Tensor:
-        """Return digits [n, in] times the weights: float32 [n, out]."""
-        return self.kernel.multiply(digits, self.packed, self.scale)
+            sums = sums.index_add_(0, low_rows, of_low, alpha=1 / kernel.base)
+        torch.mul(sums, step * kernel.base, out=y)
 
 
 class GroupedInt8Linear(QuantizedLinear):

@@ -29,6 +29,9 @@ def test_digits_are_within_half_a_step_of_the_numbers(kind):
     numbers[0, 0], numbers[1, 1] = kernel.largest, -kernel.largest
     numbers[2] = 0
     high, low = kernel.split(numbers.clone())
+    some_high, some_low = kernel.split(numbers.clone(), torch.tensor([5, 0]))
+    assert torch.equal(some_high, high)
+    assert torch.equal(some_low, low[[5, 0]])
     high, low = signed(kernel, high), signed(kernel, low)
     assert max(high.abs().max(), low.abs().max()) <= kernel.base / 2
     # Half a step, and the rounding of float32 numbers up to 65,535.
@@ -49,15 +52,15 @@ def test_products_are_exact(kind, rows):
     high, _low = kernel.split(sign * kernel.largest)
     packed = kernel.pack(weight, scale)
     assert torch.equal(kernel.unpack(packed), weight)
-    products = kernel.multiply(high, packed, scale)
+    products = kernel.multiply(high, packed)
     expected = signed(kernel, high) @ weight.double().T * scale.double()
     assert products.dtype == torch.float32
     torch.testing.assert_close(products.double(), expected, rtol=2e-7, atol=1e-3)
 
 
 def test_a_kernel_that_saturates_is_not_used(monkeypatch):
-    def saturate(self, digits, packed, scale):
-        return torch.zeros(len(digits), len(scale))
+    def saturate(self, digits, packed):
+        return torch.zeros(len(digits), 64)
 
     for kind in KERNELS:
         monkeypatch.setattr(kind, "multiply", saturate)
@@ -71,7 +74,7 @@ kernel = byte_kernel()
 if kernel is not None:
     weight = torch.randint(-128, 128, (64, 64), dtype=torch.int8)
     high, _low = kernel.split(torch.full((3, 64), float(kernel.largest)))
-    products = kernel.multiply(high, kernel.pack(weight, torch.ones(64)), torch.ones(64))
+    products = kernel.multiply(high, kernel.pack(weight, torch.ones(64)))
     largest = kernel.largest // kernel.base
     assert torch.equal(products, largest * weight.float().sum(1).expand(3, -1))
 print(type(kernel).__name__)

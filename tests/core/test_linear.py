@@ -23,6 +23,7 @@ from byte_matmul import FbgemmBytes, OneDnnBytes
 from command_line import BUNDLED_CHECKPOINT
 from linear import (
     FEW_ROWS,
+    LEAST_BYTE_ROWS,
     MANY_INT4_ROWS,
     MANY_INT8_ROWS,
     MANY_ROWS,
@@ -380,13 +381,14 @@ class PlainBytes(OneDnnBytes):
     """Multiplies as oneDNN's kernel is to, in float64, on every processor."""
 
     def pack(self, weight, scale):
-        return weight.clone()
+        return weight.clone(), scale.double()
 
     def unpack(self, packed):
-        return packed.clone()
+        return packed[0].clone()
 
-    def multiply(self, digits, packed, scale):
-        return ((digits.double() - 128) @ packed.double().T * scale.double()).float()
+    def multiply(self, digits, packed):
+        weight, scale = packed
+        return ((digits.double() - 128) @ weight.double().T * scale).float()
 
 
 @pytest.fixture(params=[PlainBytes, OneDnnBytes, FbgemmBytes])
@@ -408,8 +410,9 @@ def exact_output(layer, x):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("outliers", [0, 1, 3])
-@pytest.mark.parametrize("rows", [1, 2, MANY_ROWS - 1, MANY_ROWS, 2 * linear.BYTE_ROWS + 3])
-def test_byte_int8_equals_the_integers_within_rounding(rows, outliers, bias, kernel):
+@pytest.mark.parametrize("rows", [1, 2, MANY_ROWS - 1, MANY_ROWS, 2 * LEAST_BYTE_ROWS + 3])
+def test_byte_int8_equals_the_integers_within_rounding(rows, outliers, bias, kernel, monkeypatch):
+    monkeypatch.setattr(linear, "BYTE_ACTIVATIONS", 0)
     plain = Int8Linear.from_linear(make_linear(192, 37, bias, torch.bfloat16))
     layer = ByteInt8Linear(plain, kernel)
     x = torch.randn(rows, 192)
@@ -428,14 +431,20 @@ def test_byte_int8_gives_low_digits_to_few_rows_and_to_those_with_outliers(monke
     plain = Int8Linear.from_linear(make_linear(192, 16, dtype=torch.bfloat16))
     layer = ByteInt8Linear(plain, kernel)
     counts = []
-    multiply = layer.multiply_digits
-    monkeypatch.setattr(layer, "multiply_digits", lambda x: counts.append(len(x)) or multiply(x))
-    x = torch.randn(linear.BYTE_ROWS + MANY_ROWS - 1, 192).bfloat16()
+    multiply = kernel.multiply
+
+    def count(digits, packed):
+        counts.append(len(digits))
+        return multiply(digits, packed)
+
+    monkeypatch.setattr(kernel, "multiply", count)
+    monkeypatch.setattr(linear, "BYTE_ACTIVATIONS", 100 * 192)
+    x = torch.randn(100 + MANY_ROWS - 1, 192).bfloat16()
     x[:3, 5] = 80
     with torch.no_grad():
         layer(x)
-    low = 3 if kernel.outlier else linear.BYTE_ROWS
-    assert counts == [linear.BYTE_ROWS + low, 2 * (MANY_ROWS - 1)]
+    low = 3 if kernel.outlier else 100
+    assert counts == [100 + low, 2 * (MANY_ROWS - 1)]
 
 
 @pytest.mark.parametrize("rows", [1, MANY_ROWS])
