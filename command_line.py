@@ -236,6 +236,17 @@ def add_batch_size_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reorder_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the programs that decode several questions together, batch and estimate."""
+    parser.add_argument(
+        "--no-reorder",
+        dest="reorder",
+        action="store_false",
+        help="on a CPU, do not keep the decoder's weights a second time, in the order in which a "
+        "batch is multiplied faster: less memory",
+    )
+
+
 def add_output_options(
     parser: argparse.ArgumentParser, metavar: str, help: str, default: str | None = None
 ) -> None:

@@ -72,6 +72,7 @@ class Run:
     pack: Callable[[Qwen2VL], None] | None = None  # packs the layers that the checkpoint has packed
     quantize_head: bool = True  # with the decoder's layers
     dequantized_from: str | None = None  # the format of weights that are plain once they are loaded
+    reorder: bool = False  # the weights a second time, for batches
 
 
 class Size(NamedTuple):
@@ -163,7 +164,7 @@ class Weights(NamedTuple):
     """The sizes of the parameters in bytes."""
 
     parameters: int  # how many there are, before they are quantized
-    total: int  # of all of them, in the dtype of the run
+    total: int  # of all of them, in the dtype of the run, and of a second copy for batches
     private: int  # of those that are not used in place in a mapped file
     loading: int  # the private peak while they are loaded: before they are quantized, or after
     file_bytes: int  # that are mapped while they are loaded; 0 on a GPU, which only copies them
@@ -218,6 +219,19 @@ def packing_bytes(run: Run) -> int:
     return linear.packing_bytes(model, run.dtype)
 
 
+def reordered_bytes(run: Run) -> int:
+    """Return the size of the second copy of the weights that batches are multiplied by."""
+    if not run.reorder or run.device.type != "cpu":
+        return 0
+    model = model_of_one_layer(run)
+    quantize(run, model)
+    size = 0
+    for name in linear.layers_to_reorder(model, run.dtype):
+        copies = run.config.num_hidden_layers if name.startswith("model.layers.") else 1
+        size += copies * model.get_parameter(f"{name}.weight").nbytes
+    return size
+
+
 def file_size(parameter: Tensor, dtype: torch.dtype) -> int:
     """Return the bytes of a parameter in a file that stores it in this dtype."""
     if dtype == torch.quint4x2:
@@ -244,12 +258,14 @@ def count_weights(run: Run) -> Weights:
         total += parameter.nbytes
         if in_place.get(name) == parameter.nbytes:
             mapped += parameter.nbytes
-    loading = max(sum(converted.values()), total - mapped + packing_bytes(run))
+    reordered = reordered_bytes(run)
+    private = total - mapped + reordered
+    loading = max(sum(converted.values()), total - mapped + packing_bytes(run), private)
     if run.device.type != "cpu":
         file_bytes = 0
     # A file stays mapped as a whole, also where quantizing has read it once and for all.
     stays_mapped = file_bytes if mapped else 0
-    return Weights(count, total, total - mapped, loading, file_bytes, stays_mapped)
+    return Weights(count, total + reordered, private, loading, file_bytes, stays_mapped)
 
 
 def weights_size(run: Run, weights: Weights) -> Size:
@@ -261,6 +277,9 @@ def weights_size(run: Run, weights: Weights) -> Size:
     model = model_of_one_layer(run)
     quantize(run, model)
     methods = linear.quantization_methods(model)
+    reordered = reordered_bytes(run)
+    if reordered:
+        remark += f", and {reordered / 1e6:,.1f} MB reordered for batches"
     if methods:
         remark += f", the decoder's in {' and '.join(methods)}"
     return Size(weights.total, remark)
@@ -661,6 +680,8 @@ def advice(run: Run, batch: Batch | None) -> str:
         options.append("lower --nframes or --max-pixels")
     if batch is not None and len(batch.input_ids) > 1:
         options.append("lower --batch-size")
+    if reordered_bytes(run):
+        options.append("use --no-reorder")
     if run.quantize is None:
         options.append("use --quantize int8 or int4")
     return ", ".join(options) or "use a smaller checkpoint"

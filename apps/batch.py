@@ -64,6 +64,7 @@ from generate import (
     trained_length,
 )
 from json_files import MAX_DEPTH, is_deeper_than
+from linear import reorder_weights
 from output_files import check_output, locked, write_file
 from preprocess import Processor
 from qwen2vl import Qwen2VL
@@ -489,8 +490,14 @@ def run_locked(arguments: argparse.Namespace) -> None:
     # What is no file of answers is refused before a model is loaded.
     answers = read_answers(arguments.out)
     directory, processor = command_line.load_processor(arguments)
+    batch_size = 1 if arguments.exact else arguments.batch_size
+    reorder = arguments.reorder and batch_size > 1
     memory_run = command_line.checked_run(arguments, directory)
+    if memory_run is not None:
+        memory_run.reorder = reorder
     model = command_line.load_checkpoint(arguments, directory, processor, memory_run)
+    if reorder:
+        reorder_weights(model)
     answerer = Answerer(
         model,
         processor,
@@ -505,7 +512,7 @@ def run_locked(arguments: argparse.Namespace) -> None:
         arguments.questions,
         arguments.out,
         answers,
-        1 if arguments.exact else arguments.batch_size,
+        batch_size,
         command_line.video_options(arguments),
     )
 
@@ -527,6 +534,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="where the answers are added; lines that have one there are not answered again",
     )
     command_line.add_batch_size_option(parser)
+    command_line.add_reorder_option(parser)
     parser.add_argument(
         "--exact",
         action="store_true",

@@ -147,6 +147,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--questions", metavar="JSONL", help="a file of questions for apps.batch, instead of one"
     )
     command_line.add_batch_size_option(parser)
+    command_line.add_reorder_option(parser)
     arguments = command_line.parse_arguments(parser, argv, needs_question=False)
     has_question = bool(arguments.media) or arguments.prompt is not None
     if arguments.questions is None and not has_question:
@@ -167,6 +168,7 @@ def estimate(arguments: argparse.Namespace) -> None:
         print(*prompt_lines(run, processor, batch), sep="\n")
         print_sizes(run, process, batch_sizes(run, batch))
     else:
+        run.reorder = arguments.reorder and arguments.batch_size > 1
         print_sizes(run, process, largest_group(arguments, processor, run))
 
 

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 import command_line
 import cuda_graph
 import generate
+import linear
+import memory
 from apps import batch as batch_app
 from apps.batch import Answerer, Question, answer_file, parse_arguments, read_answers
 from command_line import BUNDLED_CHECKPOINT
@@ -824,6 +826,34 @@ def test_main_answers_the_same_with_the_captured_step(files, monkeypatch):
     assert batch_app.main(files.options("--cuda-graph", *options)) == 0
     assert files.records() == expected
     assert len(caches) == 2, "one for each group"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [((), 1), (("--batch-size", 1), 0), (("--exact",), 0), (("--no-reorder",), 0)],
+)
+def test_main_reorders_the_weights_for_groups(options, expected, files, monkeypatch):
+    reordered = []
+
+    def record(model):
+        reordered.append(model)
+        linear.reorder_weights(model)
+
+    checked = []
+    check = memory.check_weights_and_batch
+    monkeypatch.setattr(batch_app, "reorder_weights", record)
+    monkeypatch.setattr(
+        memory,
+        "check_weights_and_batch",
+        lambda run, batch: checked.append(run) or check(run, batch),
+    )
+    options = ("--quiet", "--dtype", "float32", "--device", "cpu", *options)
+    assert batch_app.main(files.write(MIXED[:3]).options(*options)) == 0
+    assert ["answer" in record for record in files.records()] == [True] * 3
+    assert len(reordered) == expected
+    assert [run.reorder for run in checked] == [bool(expected)]
+    if expected:
+        assert reordered[0].lm_head.reordered is not None
 
 
 def test_main_names_the_first_layer_with_nan(files, monkeypatch):

@@ -376,6 +376,67 @@ def test_int8_takes_the_plain_matmul_sooner_where_bfloat16_is_fast(is_fast, expe
     assert rows == expected
 
 
+# ----------------------------------------------------------------------------- reordered weights
+class SmallModel(nn.Module):
+    """The names that `reorder_weights` distinguishes."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.visual = nn.Sequential(linear.Linear(64, 32, dtype=dtype))
+        self.model = nn.Sequential(linear.Linear(64, 32, dtype=dtype))
+        self.lm_head = linear.Linear(32, 50, bias=False, dtype=dtype)
+
+
+def reorders(dtype):
+    return dtype == torch.float32 or linear.has_fast_half_matmul(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 8, 300])
+def test_reordered_weights_multiply_as_the_plain_ones(dtype, rows):
+    if not reorders(dtype):
+        pytest.skip("needs a fast matmul of this dtype")
+    model = SmallModel(dtype)
+    names = model.state_dict().keys()
+    x = torch.randn(1, rows, 64).to(dtype)
+    layer = model.model[0]
+    with torch.no_grad():
+        plain = layer(x)
+        linear.reorder_weights(model)
+        output = layer(x)
+    assert output.dtype == dtype
+    assert output.shape == (1, rows, 32)
+    assert relative_error(output, plain) < LIMITS[dtype]
+    assert model.state_dict().keys() == names
+
+
+def test_reordering_is_for_the_decoder_and_the_head():
+    model = SmallModel(torch.float32)
+    linear.reorder_weights(model)
+    assert model.visual[0].reordered is None
+    assert model.model[0].reordered is not None
+    assert model.lm_head.reordered is not None
+
+
+def test_reordered_weights_are_what_is_multiplied_but_for_gradients_and_one_row_of_16_bits():
+    for dtype in filter(reorders, (torch.float32, torch.bfloat16)):
+        model = SmallModel(dtype)
+        linear.reorder_weights(model)
+        layer = model.lm_head
+        layer.weight.data.zero_()  # so that the copy alone has values
+        with torch.no_grad():
+            assert layer(torch.ones(2, 32, dtype=dtype)).any()
+            assert layer(torch.ones(1, 32, dtype=dtype)).any() == (dtype == torch.float32)
+        assert not layer(torch.ones(2, 32, dtype=dtype)).any()
+
+
+def test_weights_are_not_reordered_without_a_fast_matmul(monkeypatch):
+    monkeypatch.setattr(linear, "has_fast_half_matmul", lambda dtype: False)
+    model = SmallModel(torch.bfloat16)
+    linear.reorder_weights(model)
+    assert model.lm_head.reordered is None
+
+
 # ----------------------------------------------------------------------------------- bytes by bytes
 class PlainBytes(OneDnnBytes):
     """Multiplies as oneDNN's kernel is to, in float64, on every processor."""

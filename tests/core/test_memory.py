@@ -187,6 +187,27 @@ def test_weights_that_are_packed_are_copied_while_they_are_loaded(monkeypatch):
     assert weights.loading == weights.private + head
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_weights_reordered_for_batches_are_a_copy(quantize):
+    config = load_weights.load_config(BUNDLED_CHECKPOINT)
+    run = Run(config, CPU, torch.float32, quantize=quantize)
+    run.stored_dtypes = memory.read_stored_dtypes(BUNDLED_CHECKPOINT, config)
+    once = memory.count_weights(run)
+    run.reorder = True
+    twice = memory.count_weights(run)
+    model = load_weights.load_model(BUNDLED_CHECKPOINT, "cpu", torch.float32, quantize=quantize)
+    linear.reorder_weights(model)
+    copies = [m.reordered for m in model.modules() if getattr(m, "reordered", None) is not None]
+    size = sum(4 * copy.numel() for copy in copies)
+    assert (size == 0) == (quantize == "int8")
+    assert twice.private == once.private + size
+    assert twice.total == once.total + size
+    assert twice.loading == max(once.loading, twice.private)
+    assert ("--no-reorder" in memory.advice(run, None)) == (size > 0)
+    run.device = torch.device("cuda")
+    assert memory.reordered_bytes(run) == 0
+
+
 # --------------------------------------------------------------------------------------- the check
 def check(needs, free, monkeypatch, address_space=None, run=None):
     """Run the check and return its warnings."""
