@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rope_types
 from config_fields import Positive, Size, check_fields, is_integer
+from cpu_attention import block_attention, is_faster_in_blocks
 from linear import Linear, fast_linear
 
 
@@ -335,12 +336,14 @@ FEW_QUERIES = 12  # up to so many new tokens, heads that share a key are faster 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """The same by PyTorch's fused kernels, which hold no [S, K] scores.
 
-    Shapes as in `eager_attention`.
+    Shapes as in `eager_attention`. Long sequences on a CPU where those are slow: some at a time.
     """
     if context.seqlens is not None:
         return attend_per_sequence(sdpa_attention, q, k, v, context.seqlens)
     shape = q.shape
     mask = context.mask
+    if mask is None and context.dropout == 0 and is_faster_in_blocks(q, k):
+        return block_attention(q, k, v, context.causal)
     if shape[2] <= FEW_QUERIES and not context.causal:
         # A few new tokens: the query heads that share a key pass as queries of one head, which
         # is far faster than to repeat the keys.
