@@ -788,9 +788,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        upcast = at_least_float32(
-            x
-        )  # the sum of squares would lose its small terms in half precision
+        # In half precision the sum of squares would lose its small terms.
+        upcast = at_least_float32(x)
         normalized = upcast * torch.rsqrt(upcast.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * normalized.to(x.dtype)
 
