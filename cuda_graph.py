@@ -36,24 +36,19 @@ class StaticStep:
         # What is masked still counts 0 times, and 0 · NaN is NaN.
         cache.keys[..., cache.length :, :] = 0
         cache.values[..., cache.length :, :] = 0
-        self.end = (
-            -1
-        )  # the cache's length after the last step: other code has used it if that differs
+        # The cache's length after the last step: other code has used it if that differs.
+        self.end = -1
         self.ids = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(
-            batch_size, dtype=torch.long, device=device
-        )  # on all three axes
-        self.index = torch.zeros(
-            1, dtype=torch.long, device=device
-        )  # of the new token in the cache
+        # On all three axes, and of the new token in the cache.
+        self.position = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
         shape = (batch_size, 1, 1, cache.capacity)
         self.mask = torch.zeros(shape, dtype=torch.bool, device=device)
         # No position is larger than the number of tokens before it, so L rows of angles are enough.
         positions = torch.arange(cache.capacity, device=device).expand(3, 1, -1)
         like = model.model.norm.weight
-        self.cos, self.sin = multimodal_rotary_embedding(
-            model.config, positions, like
-        )  # [1, 1, L, D]
+        angles = multimodal_rotary_embedding(model.config, positions, like)
+        self.cos, self.sin = angles  # [1, 1, L, D]
         self.logits: Tensor  # [B, 1, V]: what `compute` returns, in the same memory if captured
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -310,9 +310,8 @@ class OpenVideo:
             if codec == "h264" and wanted is not None:
                 self.skip_unless(packet.pts in wanted or packet.pts is None)
             yield from self.decode(packet)
-        yield from self.decode(
-            None
-        )  # what the decoder holds back, where an error ended the packets
+        # What the decoder holds back, where an error ended the packets.
+        yield from self.decode(None)
 
     def decode(self, packet: Any) -> Iterator:
         """Yield the frames that a packet (None: the end) completes."""
