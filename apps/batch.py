@@ -12,6 +12,9 @@ lines are skipped. Each other line gives one record, written as soon as it is do
 `line` counts from 1; `tokens_out` includes the tokens that end an answer, and `finished` is false
 where --max-new-tokens ended it before; `sha256` is the start of the line's hash.
 
+On a CPU a group is decoded by a second copy of the decoder's weights, in the order in which its
+matmul reads them fastest; --no-reorder does without.
+
 The file is read in windows. A window is sorted by prompt length, and neighbors are answered
 together, so that there is little padding. Numbers of a group are rounded differently than those of
 a conversation alone. In float32 that has not changed a greedy answer in the tests; in bfloat16 it
