@@ -38,8 +38,8 @@ from tiny.score import OPEN_CHECKPOINT
 SEEDS = range(IMAGES)
 
 # The least share of all questions that the weights trained on open drawings answer correctly:
-# just below the 0.951 that they reach (python -m tests.tiny.foreign_drawings tiny/open).
-LEAST = 0.94
+# just below the 0.958 that they reach (python -m tests.tiny.foreign_drawings tiny/open).
+LEAST = 0.95
 
 
 def painted(scene: Scene, shape: Shape) -> np.ndarray:

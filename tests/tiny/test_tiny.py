@@ -842,7 +842,7 @@ def test_curriculum_starts_videos_with_one_shape(name, most, folder):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
-    steps = 134_000
+    steps = 142_000
     for begin, leg in LEGS.items():
         warm = begin + round(min(200, 0.1 * (min(leg.end, steps) - begin)))
         assert learning_rate(warm, steps, 1.0) == pytest.approx(leg.share, rel=0.03)
@@ -865,6 +865,7 @@ def test_learning_rate_warms_up_and_falls_to_zero_in_each_leg():
         114_799,
         122_799,
         127_999,
+        135_999,
         steps - 1,
     )
     for last in ends:
