@@ -159,10 +159,10 @@ def reorder_weights(model: nn.Module) -> None:
     price of as much memory again; a vision encoder never has few. Where the CPU has no fast matmul
     of the dtype, and on other devices, nothing is done. Weights must not change any more.
     """
-    weight = next(model.parameters())
-    if weight.device.type != "cpu":
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu":
         return
-    for name in layers_to_reorder(model, weight.dtype):
+    for name in layers_to_reorder(model, parameter.dtype):
         layer = cast(Linear, model.get_submodule(name))
         weight = layer.weight.detach()
         layer.reordered = torch.ops.mkldnn._reorder_linear_weight(weight, REORDERED_FOR)
