@@ -58,7 +58,8 @@ class OneDnnBytes:
         """
         whole = (numbers + (128 * 257 + 0.5)).to(torch.int32)  # positive, so this rounds
         low = (whole if low_rows is None else whole[low_rows]).to(torch.uint8)
-        return whole.__irshift__(8).to(torch.uint8), low
+        whole >>= 8
+        return whole.to(torch.uint8), low
 
     def multiply(self, digits: Tensor, packed: Packed) -> Tensor:
         """Return the digits [n, in] times the weight times its scale: float32 [n, out]."""

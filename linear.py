@@ -394,9 +394,9 @@ class ByteInt8Linear(OneScaleInt8):
         products = kernel.multiply(torch.cat(kernel.split(x / step, low_rows)), self.packed)
         sums, of_low = products[: len(x)], products[len(x) :]
         if low_rows is None:
-            sums = sums.add_(of_low, alpha=1 / kernel.base)
+            sums.add_(of_low, alpha=1 / kernel.base)
         else:
-            sums = sums.index_add_(0, low_rows, of_low, alpha=1 / kernel.base)
+            sums.index_add_(0, low_rows, of_low, alpha=1 / kernel.base)
         torch.mul(sums, step * kernel.base, out=y)
 
 

@@ -169,6 +169,7 @@ class Weights(NamedTuple):
     loading: int  # the private peak while they are loaded: before they are quantized, or after
     file_bytes: int  # that are mapped while they are loaded; 0 on a GPU, which only copies them
     mapped: int  # that stay mapped: all files, where a weight is used in place, else 0
+    reordered: int  # of the second copy for batches
 
 
 def model_of_one_layer(run: Run) -> Qwen2VL:
@@ -265,7 +266,8 @@ def count_weights(run: Run) -> Weights:
         file_bytes = 0
     # A file stays mapped as a whole, also where quantizing has read it once and for all.
     stays_mapped = file_bytes if mapped else 0
-    return Weights(count, total + reordered, private, loading, file_bytes, stays_mapped)
+    total += reordered
+    return Weights(count, total, private, loading, file_bytes, stays_mapped, reordered)
 
 
 def weights_size(run: Run, weights: Weights) -> Size:
@@ -277,9 +279,8 @@ def weights_size(run: Run, weights: Weights) -> Size:
     model = model_of_one_layer(run)
     quantize(run, model)
     methods = linear.quantization_methods(model)
-    reordered = reordered_bytes(run)
-    if reordered:
-        remark += f", and {reordered / 1e6:,.1f} MB reordered for batches"
+    if weights.reordered:
+        remark += f", and {weights.reordered / 1e6:,.1f} MB reordered for batches"
     if methods:
         remark += f", the decoder's in {' and '.join(methods)}"
     return Size(weights.total, remark)

@@ -336,7 +336,7 @@ FEW_QUERIES = 12  # up to so many new tokens, heads that share a key are faster 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
     """The same by PyTorch's fused kernels, which hold no [S, K] scores.
 
-    Shapes as in `eager_attention`. Long sequences on a CPU where those are slow: some at a time.
+    Shapes as in `eager_attention`. Long sequences on a CPU where those are slow: in blocks.
     """
     if context.seqlens is not None:
         return attend_per_sequence(sdpa_attention, q, k, v, context.seqlens)
